@@ -1,0 +1,39 @@
+"""The frozen values that cross fedmp's modules and processes: plain, validated data, nothing executable."""
+
+from __future__ import annotations
+
+from fedmp.records.history import (
+    ClientData,
+    Event,
+    Note,
+    Observer,
+    Progress,
+    RoundFinished,
+    RoundRecord,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+    Summary,
+    TimedAction,
+)
+from fedmp.records.plan import Plan, StagePlan
+from fedmp.records.profile import LayerProfile, Profile
+
+__all__ = [
+    "ClientData",
+    "Event",
+    "LayerProfile",
+    "Note",
+    "Observer",
+    "Plan",
+    "Profile",
+    "Progress",
+    "RoundFinished",
+    "RoundRecord",
+    "RoundStarted",
+    "RunFinished",
+    "RunStarted",
+    "StagePlan",
+    "Summary",
+    "TimedAction",
+]

@@ -1,0 +1,82 @@
+"""Which layers form which stage on which device of one client: the planner's answer."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Plan", "StagePlan"]
+
+
+class StagePlan(BaseModel):
+    """One stage: a contiguous run of layers on one device. Times are for one micro-batch on that device.
+
+    Attributes:
+        device: name of the device that runs it.
+        start, stop: its layers are `plan.layer_names[start:stop]`.
+        forward_s, backward_s: predicted seconds of one micro-batch.
+        send_s: predicted seconds to send one micro-batch's boundary to the next stage; 0 for the last.
+        gradient_s: predicted seconds for that boundary's gradient to come back; 0 for the last.
+        boundary_bytes: bytes of one micro-batch sent to the next stage; 0 for the last.
+        parameter_bytes: its parameters, tied ones included.
+        memory_bytes: predicted peak: weights, gradients, optimizer state, buffers, activations in flight.
+        device_memory_bytes: what the device has.
+        in_flight: the most micro-batches whose activations it holds at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    start: int = Field(ge=0)
+    stop: int = Field(gt=0)
+    forward_s: float
+    backward_s: float
+    send_s: float = 0.0
+    gradient_s: float = 0.0
+    boundary_bytes: float = 0.0
+    parameter_bytes: int = 0
+    memory_bytes: int = 0
+    device_memory_bytes: int = 0
+    in_flight: int = 1
+
+
+class Plan(BaseModel):
+    """How one client's model is cut over its devices. Round-trips through JSON.
+
+    Attributes:
+        layer_names: every layer of the model, in order.
+        stages: the stages, in order; together they hold each layer exactly once.
+        partitioner, schedule: names of what made the plan and of the schedule it is for.
+        num_microbatches, microbatch_size: how one batch is cut.
+        step_s: predicted seconds of one optimizer step.
+        bound_s: no plan can be faster than this, as far as the partitioner knows; 0 if it does not say.
+        unused_devices: devices left out.
+        fingerprint: of the graph that was planned.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer_names: tuple[str, ...]
+    stages: tuple[StagePlan, ...] = Field(min_length=1)
+    partitioner: str
+    schedule: str
+    num_microbatches: int = Field(gt=0)
+    microbatch_size: int = Field(gt=0)
+    step_s: float
+    bound_s: float = 0.0
+    unused_devices: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    @property
+    def num_stages(self) -> int:
+        """Stages, which is also the number of devices in use."""
+        return len(self.stages)
+
+    @property
+    def gap(self) -> float:
+        """Optimality gap: (step_s - bound_s) / step_s, 1.0 where no bound is known."""
+        return (self.step_s - self.bound_s) / self.step_s if self.step_s > 0 else 0.0
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Layer indices before which the model is cut, without 0 and the end."""
+        return tuple(stage.start for stage in self.stages[1:])
