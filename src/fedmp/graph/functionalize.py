@@ -1,0 +1,147 @@
+"""Make an exported graph safe to cut: no assertions, no in-place updates of activations where avoidable.
+
+An in-place update of a value that crossed a cut would change a received buffer behind autograd's back.
+`relu_`, `add_` and their like become their functional twins; what cannot be replaced (a write through
+a view) is reported as a span of nodes that must stay in one stage. Updates of buffers stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from fedmp.graph.layer_graph import node_value
+
+__all__ = ["functionalize", "mutated_arguments"]
+
+_ASSERTIONS = {
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+}
+# composite operators that update their running statistics without saying so in their schema
+_STATISTICS = {torch.ops.aten.batch_norm.default: (3, 4), torch.ops.aten.instance_norm.default: (3, 4)}
+
+
+def functionalize(graph: fx.Graph, state: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """Rewrite `graph` in place.
+
+    Args:
+        graph: of ATen calls, as torch.export gives it.
+        state: placeholders of parameters, buffers and constants.
+
+    Returns:
+        Spans (first node, last node), in graph order, that must not be cut, because the last one writes
+        into what the first one made.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTIONS and not node.users:
+            graph.erase_node(node)
+    storage = _Storages(graph)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    spans: list[tuple[fx.Node, fx.Node]] = []
+    for node in list(graph.nodes):
+        for target in mutated_arguments(node):
+            if storage.root(target) in state:
+                continue
+            if _is_alone(node, target, storage, order) and _use_functional_twin(node, target, order):
+                storage.release(node)
+            else:
+                spans.append((storage.root(target), node))
+    return spans
+
+
+def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose tensors a call writes into."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return
+    for index in _STATISTICS.get(node.target, ()):
+        if isinstance(node.args[index], fx.Node):
+            yield node.args[index]
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            if isinstance(value, fx.Node):
+                yield value
+
+
+class _Storages:
+    """Which nodes share memory: every node's root is the first node that made its storage."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._root: dict[fx.Node, fx.Node] = {}
+        self.members: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            self._join(node, self.root(_aliased(node)) if _aliased(node) is not None else node)
+
+    def root(self, node: fx.Node | None) -> fx.Node:
+        assert node is not None
+        return self._root.get(node, node)
+
+    def release(self, node: fx.Node) -> None:
+        """`node` is functional now: it and what aliases it have a storage of their own."""
+        self.members[self._root[node]].remove(node)
+        later = list(self.members[self._root[node]])
+        self._join(node, node)
+        for other in later:
+            source = _aliased(other)
+            if source is not None and self._root[source] is node:
+                self.members[self._root[other]].remove(other)
+                self._join(other, node)
+
+    def _join(self, node: fx.Node, root: fx.Node) -> None:
+        self._root[node] = root
+        self.members.setdefault(root, []).append(node)
+
+
+def _aliased(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory the result may share, if any."""
+    if node.op != "call_function":
+        return None
+    if not isinstance(node.target, torch._ops.OpOverload):
+        source = node.args[0] if node.target.__name__ == "getitem" and node.args else None  # type: ignore[union-attr]
+        return source if isinstance(source, fx.Node) else None
+    if not any(result.alias_info is not None for result in node.target._schema.returns):
+        return None
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and index < len(node.args):
+            source = node.args[index]
+            if isinstance(source, fx.Node):
+                return source
+    return None
+
+
+def _is_alone(node: fx.Node, target: fx.Node, storage: _Storages, order: dict[fx.Node, int]) -> bool:
+    """Whether nothing but `target` itself shows the written memory to anyone after `node`."""
+    here = order[node]
+    for member in storage.members[storage.root(target)]:
+        if member in (node, target) or order[member] > here:
+            continue
+        if any(order.get(user, len(order)) > here for user in member.users):
+            return False
+    # a write through a view must reach its base; only whole tensors have a functional twin
+    return storage.root(target) is target or all(
+        order.get(user, len(order)) <= here for user in storage.root(target).users
+    )
+
+
+def _use_functional_twin(node: fx.Node, target: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Replace `op_` by `op` and let later users of its target read the new value instead."""
+    overload = node.target
+    assert isinstance(overload, torch._ops.OpOverload)
+    name = overload._schema.name.split("::")[1]
+    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    if packet is None or overload._overloadname not in packet.overloads() or node.args[:1] != (target,):
+        return False
+    if node_value(node).dtype != node_value(target).dtype:
+        return False
+    node.target = getattr(packet, overload._overloadname)
+    here = order[node]
+    target.replace_all_uses_with(
+        node, delete_user_cb=lambda user: user is not node and order.get(user, len(order)) > here
+    )
+    return True

@@ -1,0 +1,104 @@
+"""Split a model by a plan, put stage states together again, and run stages in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmp.errors import PlanError
+from fedmp.graph.layer_graph import LayerGraph
+from fedmp.records import Plan
+from fedmp.stages.blueprint import draw_blueprints
+from fedmp.stages.stage import Stage
+
+__all__ = ["merge", "model_state", "run_stages", "split_graph"]
+
+
+def split_graph(
+    graph: LayerGraph,
+    plan: Plan,
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> list[Stage]:
+    """Cut a traced model into stages.
+
+    Args:
+        graph: the traced model.
+        plan: a plan for this graph.
+        model: the stages share its parameters and buffers; None leaves them on the meta device.
+        device: where tensors that the forward creates are made; None for the device of the trace.
+
+    Returns:
+        The stages, in order.
+
+    Raises:
+        PlanError: the plan or the model is not of this graph.
+    """
+    if plan.fingerprint and plan.fingerprint != graph.fingerprint:
+        raise PlanError(
+            f"the plan is for another model (fingerprint {plan.fingerprint}, this {graph.model_name} has "
+            f"{graph.fingerprint}); make a plan for this one"
+        )
+    tensors = None if model is None else model_state(model, graph)
+    target = None if device is None else torch.device(device)
+    return [
+        Stage(blueprint, tensors and {name: tensors[name] for name in blueprint.state})
+        for blueprint in draw_blueprints(graph, plan.cuts, device=target)
+    ]
+
+
+def model_state(model: nn.Module, graph: LayerGraph) -> dict[str, torch.Tensor]:
+    """Every tensor that a traced model needs, by canonical name: parameters, buffers, constants.
+
+    Raises:
+        PlanError: `model` is not of the architecture that was traced.
+    """
+    own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    own.update(model.named_buffers(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = {}
+    for name, spec in graph.state.items():
+        tensor = graph.constants[name] if spec.kind == "constant" else own.get(name)
+        if tensor is None or tuple(tensor.shape) != spec.shape:
+            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise PlanError(
+                f"{type(model).__name__} is not the model that was traced: {name} of shape {spec.shape} "
+                f"is {found}"
+            )
+        tensors[name] = tensor
+    return tensors
+
+
+def merge(state_dicts: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Put the state dicts of all stages of one model together.
+
+    Args:
+        state_dicts: one a stage, in order; where several hold a tied tensor, the first one counts.
+
+    Returns:
+        A state dict that the whole model's `load_state_dict` accepts.
+    """
+    merged: dict[str, torch.Tensor] = {}
+    for state_dict in state_dicts:
+        for name, tensor in state_dict.items():
+            merged.setdefault(name, tensor)
+    return merged
+
+
+def run_stages(stages: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """Run all stages one after another in this process.
+
+    Args:
+        stages: in order, as `split` returns them.
+        *args, **kwargs: the model's own arguments.
+
+    Returns:
+        What the model itself would return.
+    """
+    result = stages[0](*args, **kwargs)
+    for stage in stages[1:]:
+        result = stage(*result)
+    return result
