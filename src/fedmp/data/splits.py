@@ -1,0 +1,221 @@
+"""Who gets which sample: a training set comes in, one list of row numbers per client goes out."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+
+from fedmp.component import Component
+from fedmp.data.dataset import Dataset
+from fedmp.errors import DataError
+from fedmp.records import ClientData
+
+__all__ = ["IID", "ByUser", "Dirichlet", "Shards", "Split", "describe"]
+
+_MAX_DRAWS = 1000
+
+
+@runtime_checkable
+class Split(Protocol):
+    """A rule that spreads a data set over clients: one of this module or a user's own."""
+
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+        """The rows of each client.
+
+        Args:
+            dataset: the training set.
+            num_clients: at least 1.
+            seed: at least 0; the same seed gives the same rows.
+
+        Returns:
+            For each client its row numbers, int64 and ascending; each sample in exactly one of them.
+
+        Raises:
+            DataError: the data set lacks what the rule needs, or a client would have no samples.
+        """
+        ...
+
+
+class IID(Component):
+    """Shuffle, then deal equally: client sizes differ by one sample at most."""
+
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+        """The rows of each client; see `Split.assign`."""
+        rows = _generator(num_clients, seed).permutation(len(dataset))
+        return _assignments(np.array_split(rows, num_clients), "IID")
+
+
+class Dirichlet(Component):
+    """Label skew: each class is spread over the clients in proportions drawn from Dir(alpha).
+
+    This is the label-wise form (Yurochkin et al. 2019; Li et al. 2022, NIID-Bench) of the Dirichlet split
+    of Hsu et al. 2019, section 3, who draw each client's class proportions instead and give all clients
+    the same number of samples. Here client sizes vary too. Proportions are drawn again until every client has
+    `min_samples`.
+
+    Args:
+        alpha: concentration, above 0, at most 1e6; small is skewed (0.1: few classes a client).
+        min_samples: the least that any client may have, at least 1.
+    """
+
+    alpha: float = Field(default=0.5, gt=0, le=1e6)
+    min_samples: int = Field(default=10, ge=1)
+
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+        """The rows of each client; see `Split.assign`.
+
+        Raises:
+            DataError: targets are not classes, or no draw gave every client `min_samples`.
+        """
+        generator = _generator(num_clients, seed)
+        labels = _labels(dataset, "Dirichlet")
+        by_class = [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+        cuts = self._draw_cuts(np.array([len(rows) for rows in by_class]), num_clients, generator)
+        parts = [np.split(rows, cut) for rows, cut in zip(by_class, cuts, strict=True)]
+        return _assignments([np.concatenate(pieces) for pieces in zip(*parts, strict=True)], "Dirichlet")
+
+    def _draw_cuts(
+        self, class_sizes: npt.NDArray[Any], num_clients: int, generator: np.random.Generator
+    ) -> npt.NDArray[np.int64]:
+        """Where to cut each class's rows, [classes, num_clients - 1]."""
+        total, needed = int(class_sizes.sum()), self.min_samples * num_clients
+        if needed > total:
+            raise DataError(
+                f"Dirichlet(alpha={self.alpha}, min_samples={self.min_samples}) needs {needed} samples for "
+                f"{num_clients} clients but there are {total}; use fewer clients or a smaller min_samples"
+            )
+        best = 0
+        for _ in range(_MAX_DRAWS):
+            shares = generator.dirichlet(np.full(num_clients, self.alpha), size=len(class_sizes))
+            ends = np.minimum(np.cumsum(shares[:, :-1], axis=1), 1.0) * class_sizes[:, None]
+            cuts: npt.NDArray[np.int64] = ends.astype(np.int64)
+            sizes = np.diff(cuts, axis=1, prepend=0, append=class_sizes[:, None]).sum(axis=0)
+            if sizes.min() >= self.min_samples:
+                return cuts
+            best = max(best, int(sizes.min()))
+        lower = " or a smaller min_samples" if self.min_samples > 1 else ""
+        raise DataError(
+            f"Dirichlet(alpha={self.alpha}, min_samples={self.min_samples}) left one of {num_clients} "
+            f"clients short in all of {_MAX_DRAWS} draws from {total} samples: the smallest client had "
+            f"{best} at best; use a larger alpha, fewer clients{lower}"
+        )
+
+
+class Shards(Component):
+    """Sort by label, cut into equal shards, deal each client a few (McMahan et al. 2017, section 3).
+
+    Args:
+        shards_per_client: at least 1; about as many classes as a client will see.
+    """
+
+    shards_per_client: int = Field(default=2, ge=1)
+
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+        """The rows of each client; see `Split.assign`.
+
+        Raises:
+            DataError: targets are not classes, or a client would have no samples.
+        """
+        generator = _generator(num_clients, seed)
+        labels = _labels(dataset, "Shards")
+        shuffled = generator.permutation(len(labels))
+        by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        num_shards = num_clients * self.shards_per_client
+        shards = np.array_split(by_label, num_shards)
+        hands = generator.permutation(num_shards).reshape(num_clients, self.shards_per_client)
+        return _assignments([np.concatenate([shards[shard] for shard in hand]) for hand in hands], "Shards")
+
+
+class ByUser(Component):
+    """Natural clients: a user's samples stay together.
+
+    Users go largest first to the client with the fewest samples so far; the seed only orders users of
+    equal size.
+    """
+
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+        """The rows of each client; see `Split.assign`.
+
+        Raises:
+            DataError: the data set has no users, or fewer than clients.
+        """
+        generator = _generator(num_clients, seed)
+        if dataset.users is None:
+            raise DataError(
+                "ByUser needs the user of each sample, but this data set has none; use another split"
+            )
+        users, counts = np.unique(dataset.users.numpy(), return_counts=True)
+        shuffled = generator.permutation(len(users))
+        largest_first = shuffled[np.argsort(-counts[shuffled], kind="stable")]
+        loads = [(0, client) for client in range(num_clients)]
+        client_of_user = np.zeros(len(users), dtype=np.int64)
+        for user in largest_first:
+            load, client = heapq.heappop(loads)
+            client_of_user[user] = client
+            heapq.heappush(loads, (load + int(counts[user]), client))
+        owners = client_of_user[np.searchsorted(users, dataset.users.numpy())]
+        parts = np.split(
+            np.argsort(owners, kind="stable"), np.searchsorted(np.sort(owners), np.arange(1, num_clients))
+        )
+        return _assignments(parts, f"ByUser with {len(users)} users")
+
+
+def describe(
+    dataset: Dataset, assignments: Sequence[torch.Tensor], client_names: Sequence[str]
+) -> tuple[ClientData, ...]:
+    """Who holds what, for reports: each client's samples, in all and by label.
+
+    Args:
+        dataset: the set that was split.
+        assignments: each client's rows.
+        client_names: as many names.
+
+    Raises:
+        ValueError: there are not as many names as assignments.
+    """
+    if len(assignments) != len(client_names):
+        raise ValueError(f"{len(assignments)} assignments but {len(client_names)} client names")
+    targets = dataset.targets
+    labels = None if targets is None or targets.dim() != 1 or targets.is_floating_point() else targets
+    return tuple(
+        ClientData(
+            name=name,
+            num_samples=len(rows),
+            label_counts=()
+            if labels is None
+            else tuple(torch.bincount(labels[rows].long(), minlength=dataset.num_classes).tolist()),
+        )
+        for name, rows in zip(client_names, assignments, strict=True)
+    )
+
+
+def _generator(num_clients: int, seed: int) -> np.random.Generator:
+    if num_clients < 1:
+        raise ValueError(f"num_clients is {num_clients}; it must be at least 1")
+    return np.random.default_rng(seed)
+
+
+def _labels(dataset: Dataset, split: str) -> npt.NDArray[np.int64]:
+    targets = dataset.targets
+    if targets is None or targets.dim() != 1 or targets.is_floating_point():
+        kind = "none" if targets is None else f"{list(targets.shape)} {targets.dtype}"
+        raise DataError(
+            f"{split} needs one class a sample as target, but the targets are {kind}; use IID or ByUser"
+        )
+    return targets.numpy().astype(np.int64)
+
+
+def _assignments(parts: Sequence[npt.NDArray[Any]], split: str) -> list[torch.Tensor]:
+    empty = next((client for client, rows in enumerate(parts) if len(rows) == 0), None)
+    if empty is not None:
+        raise DataError(
+            f"client {empty} would have no samples: {split} spreads {sum(map(len, parts))} samples over "
+            f"{len(parts)} clients; use fewer clients or more data"
+        )
+    return [torch.from_numpy(np.sort(rows).astype(np.int64)) for rows in parts]

@@ -1,0 +1,33 @@
+"""How a run is shown and what it leaves behind. Records and events come in from the engines; tables, a live
+view, pictures and the files of the run directory go out. Nothing here computes, and nothing here may stop a
+run: only a run directory that cannot be written is an error, raised before the run begins."""
+
+from __future__ import annotations
+
+from fedmp.report.live import LiveView, PlainView, QuietView, View, make_view
+from fedmp.report.pictures import draw_accuracy, draw_data, draw_plan, draw_timeline
+from fedmp.report.run_directory import RunDirectory
+from fedmp.report.tables import closing_table, data_table, plan_table, plans_panel
+from fedmp.report.units import format_bytes, format_count, format_memory, format_seconds, format_share
+
+__all__ = [
+    "LiveView",
+    "PlainView",
+    "QuietView",
+    "RunDirectory",
+    "View",
+    "closing_table",
+    "data_table",
+    "draw_accuracy",
+    "draw_data",
+    "draw_plan",
+    "draw_timeline",
+    "format_bytes",
+    "format_count",
+    "format_memory",
+    "format_seconds",
+    "format_share",
+    "make_view",
+    "plan_table",
+    "plans_panel",
+]
