@@ -15,7 +15,16 @@ from pydantic import Field
 
 from fedmp.component import Component
 
-__all__ = ["Action", "ActionKind", "GPipe", "OneFOneB", "Schedule", "check_actions", "peak_in_flight"]
+__all__ = [
+    "Action",
+    "ActionKind",
+    "GPipe",
+    "OneFOneB",
+    "Schedule",
+    "check_actions",
+    "peak_in_flight",
+    "schedule_by_name",
+]
 
 
 class ActionKind(Enum):
@@ -97,6 +106,26 @@ class OneFOneB(Component):
             _alternate(self.warmup_depth(stage, num_stages, num_microbatches), num_microbatches)
             for stage in range(num_stages)
         ]
+
+
+def schedule_by_name(name: str) -> GPipe | OneFOneB:
+    """The built-in schedule that a plan or a config names.
+
+    Args:
+        name: "gpipe", "1f1b" or "1f1b-short".
+
+    Returns:
+        The schedule whose `name` this is.
+
+    Raises:
+        ValueError: no built-in schedule has that name.
+    """
+    built_in: tuple[GPipe | OneFOneB, ...] = (GPipe(), OneFOneB(), OneFOneB(warmup="short"))
+    for schedule in built_in:
+        if schedule.name == name:
+            return schedule
+    names = ", ".join(repr(schedule.name) for schedule in built_in)
+    raise ValueError(f"unknown schedule {name!r}; use one of {names}")
 
 
 def peak_in_flight(actions: list[Action]) -> int:

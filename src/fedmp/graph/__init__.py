@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedmp.graph.layer_graph import Layer, LayerGraph, StateSpec
+from fedmp.graph.profile import profile
 from fedmp.graph.trace import trace
 
-__all__ = ["Layer", "LayerGraph", "StateSpec", "trace"]
+__all__ = ["Layer", "LayerGraph", "StateSpec", "profile", "trace"]

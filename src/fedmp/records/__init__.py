@@ -16,10 +16,24 @@ from fedmp.records.history import (
     Summary,
     TimedAction,
 )
+from fedmp.records.messages import (
+    Address,
+    DeviceReport,
+    FailureReport,
+    Instruction,
+    ProgressReport,
+    Receipt,
+)
 from fedmp.records.plan import Plan, StagePlan
 from fedmp.records.profile import LayerProfile, Profile
 
 __all__ = [
+    "Receipt",
+    "ProgressReport",
+    "Instruction",
+    "FailureReport",
+    "DeviceReport",
+    "Address",
     "ClientData",
     "Event",
     "LayerProfile",

@@ -110,7 +110,7 @@ class TimedAction:
         stage: its stage.
         kind: "forward", "backward", "wait" (for a peer) or "step" (optimizer).
         microbatch: which micro-batch, or -1.
-        start_s, stop_s: seconds since the step began.
+        start_s, stop_s: seconds on a clock that the devices of one machine share.
     """
 
     device: str

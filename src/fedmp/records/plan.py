@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 __all__ = ["Plan", "StagePlan"]
 
@@ -65,6 +67,18 @@ class Plan(BaseModel):
     bound_s: float = 0.0
     unused_devices: tuple[str, ...] = ()
     fingerprint: str = ""
+    _graph: Any = PrivateAttr(default=None)
+
+    def with_graph(self, graph: Any) -> Plan:
+        """The same plan, remembering the traced model that it is for; JSON does not carry that."""
+        plan = self.model_copy()
+        plan._graph = graph
+        return plan
+
+    @property
+    def graph(self) -> Any:
+        """The traced model, where the plan was made in this process; else None."""
+        return self._graph
 
     @property
     def num_stages(self) -> int:

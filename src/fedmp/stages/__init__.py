@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedmp.stages.blueprint import Program, StageBlueprint, ValueSpec, draw_blueprints
-from fedmp.stages.split import merge, model_state, run_stages, split_graph
+from fedmp.stages.split import merge, model_state, run_stages, split, split_graph
 from fedmp.stages.stage import Stage
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "merge",
     "model_state",
     "run_stages",
+    "split",
     "split_graph",
 ]

@@ -9,12 +9,41 @@ import torch
 from torch import nn
 
 from fedmp.errors import PlanError
-from fedmp.graph.layer_graph import LayerGraph
+from fedmp.graph import LayerGraph, trace
 from fedmp.records import Plan
 from fedmp.stages.blueprint import draw_blueprints
 from fedmp.stages.stage import Stage
 
-__all__ = ["merge", "model_state", "run_stages", "split_graph"]
+__all__ = ["merge", "model_state", "run_stages", "split", "split_graph"]
+
+
+def split(
+    model: nn.Module,
+    plan: Plan,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[nn.Module]:
+    """Split a model into the stages of a plan.
+
+    Args:
+        model: the model that was partitioned, or another of the same architecture.
+        plan: from `fedmp.partition`, or read from JSON.
+        args, kwargs: example inputs; needed only for a plan that was read from JSON.
+
+    Returns:
+        The stages, in order. They share the model's parameters and buffers, under the same names.
+
+    Raises:
+        PlanError: the plan is for another model, or example inputs are needed and missing.
+        TraceError: the model cannot be traced.
+    """
+    graph = plan.graph
+    if graph is None:
+        if args is None:
+            raise PlanError("a plan that was read from JSON needs example inputs: split(model, plan, (x,))")
+        graph = trace(model, args, kwargs)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    return list(split_graph(graph, plan, model, device=device))
 
 
 def split_graph(

@@ -1,0 +1,9 @@
+"""The client runtime: what runs on each device, next to the data, and talks to the coordinator."""
+
+from __future__ import annotations
+
+from fedmp.client.device import DeviceSpec, run_device
+from fedmp.client.federation import Federation, HttpFederation
+from fedmp.client.training import LocalWork, StageTrainer
+
+__all__ = ["DeviceSpec", "Federation", "HttpFederation", "LocalWork", "StageTrainer", "run_device"]

@@ -1,0 +1,245 @@
+"""The process of one device: join the client's pipeline, then train round after round until told to stop."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fedmp.client.federation import Federation, HttpFederation
+from fedmp.client.training import LocalWork, StageTrainer, throttled
+from fedmp.data import Dataset
+from fedmp.errors import DeadlineError, FederationError, FedmpError
+from fedmp.pipeline import (
+    BatchResult,
+    DistributedTransport,
+    StageRunner,
+    host_rendezvous,
+    join_rendezvous,
+)
+from fedmp.records import Address, DeviceReport, FailureReport, ProgressReport, TimedAction
+from fedmp.stages import Stage, StageBlueprint
+from fedmp.tasks import Task
+from fedmp.updates import difference, trained_names
+
+__all__ = ["DeviceSpec", "run_device"]
+
+_TIMELINE_STEP = 1
+_PROGRESS_S = 0.5
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """Everything that a device needs to know.
+
+    Attributes:
+        url, token: of the coordinator, and this device's credential.
+        client, device: names in the topology.
+        blueprint: of its stage.
+        dataset: the part of the client's data that the stage needs: inputs for the first, targets for
+            the last, None between.
+        num_samples: of the client.
+        task: the loss.
+        work: what to do in a round.
+        keep_statistics_local: keep buffers between rounds and do not send them.
+        record_timeline: measure the actions of one step in the first round.
+        host: address at which the client's devices reach each other.
+        backend: of torch.distributed.
+        torch_device: "cpu", "cuda:0", ...
+        num_threads: for torch on the CPU; 0 leaves torch's default.
+        timeout_s: deadline of one transfer between devices.
+    """
+
+    url: str
+    token: str
+    client: str
+    device: str
+    blueprint: StageBlueprint
+    dataset: Dataset | None
+    num_samples: int
+    task: Task
+    work: LocalWork
+    keep_statistics_local: bool = False
+    record_timeline: bool = False
+    host: str = "127.0.0.1"
+    backend: str = "gloo"
+    torch_device: str = "cpu"
+    num_threads: int = 1
+    timeout_s: float = 60.0
+
+
+def run_device(spec: DeviceSpec) -> int:
+    """Run a device until the coordinator stops it.
+
+    Returns:
+        An exit code: 0 if all went well, 1 if the device had to give up; the coordinator was told why.
+    """
+    if spec.num_threads:
+        torch.set_num_threads(spec.num_threads)
+    federation = HttpFederation(spec.url, spec.token)
+    current = _CurrentRound()
+    try:
+        _Device(spec, federation, current).run()
+    except FedmpError as error:
+        return _give_up(federation, spec, current.number, type(error).__name__, str(error))
+    except Exception as error:  # whatever it is, the coordinator must hear of it
+        return _give_up(federation, spec, current.number, "FederationError", f"{type(error).__name__}: {error}")
+    return 0
+
+
+class _CurrentRound:
+    number = 0
+
+
+class _Device:
+    """A device at work: its stage, its pipeline, its data."""
+
+    def __init__(self, spec: DeviceSpec, federation: Federation, current: _CurrentRound) -> None:
+        self._spec = spec
+        self._federation = federation
+        self._current = current
+        self._transport = _join_pipeline(spec, federation)
+        self._stage = Stage(spec.blueprint).materialize(spec.torch_device)
+        self._pushed = tuple(
+            name
+            for name in trained_names(
+                spec.blueprint.state.values(), with_buffers=not spec.keep_statistics_local
+            )
+            if name in spec.blueprint.owned
+        )
+        self._timeline: list[TimedAction] = []
+        self._runner = StageRunner(self._stage, spec.task, self._transport, device_name=spec.device)
+        self._trainer = StageTrainer(
+            self._runner,
+            spec.work,
+            client=spec.client,
+            dataset=spec.dataset,
+            num_samples=spec.num_samples,
+        )
+
+    def run(self) -> None:
+        """Ask what to do, do it, and again."""
+        try:
+            while (instruction := self._federation.instruction()).kind != "stop":
+                if instruction.kind == "train":
+                    self._current.number = instruction.round
+                    self._train(instruction.round)
+        finally:
+            if self._transport is not None:
+                self._transport.close()
+
+    def _train(self, round: int) -> None:
+        before = self._pull(round)
+        bytes_before = self._runner.bytes_sent
+        evaluation = self._trainer.evaluate(round=round) if self._spec.work.evaluate_first else BatchResult()
+        started_s = time.monotonic()
+        result = self._trainer.train(round=round, on_step=self._step_watcher(round))
+        names = self._pushed
+        after = dict(zip(names, self._stage.state_tensors(names), strict=True))
+        update = difference({name: tensor.detach().cpu() for name, tensor in after.items()}, before)
+        report = DeviceReport(
+            num_examples=self._spec.work.num_examples(self._spec.num_samples),
+            loss_sum=result.loss_sum,
+            weight=result.weight,
+            num_correct=result.num_correct,
+            evaluation_loss_sum=evaluation.loss_sum,
+            evaluation_weight=evaluation.weight,
+            evaluation_correct=evaluation.num_correct,
+            pipeline_bytes=self._runner.bytes_sent - bytes_before,
+            train_s=time.monotonic() - started_s,
+            timeline=tuple(
+                (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s) for a in self._timeline
+            ),
+        )
+        self._timeline = []
+        self._federation.push(round, update, report)
+
+    def _pull(self, round: int) -> dict[str, torch.Tensor]:
+        """Load the round's global stage; buffers that are kept local stay after the first round."""
+        before = self._federation.pull(round)
+        loaded = dict(before)
+        if self._spec.keep_statistics_local and round > 1 and self._trained_before:
+            kept = [n for n, spec in self._spec.blueprint.state.items() if spec.kind == "buffer"]
+            loaded.update(zip(kept, self._stage.state_tensors(kept), strict=True))
+        self._trained_before = True
+        self._stage.load_state(loaded)
+        return before
+
+    _trained_before = False
+
+    def _step_watcher(self, round: int) -> Callable[[int, int, BatchResult], None]:
+        """After each step: report progress now and then, and time the actions of one step."""
+        spec = self._spec
+        total = spec.work.num_examples(spec.num_samples)
+        latest: list[ProgressReport] = []
+        report = throttled(lambda: self._federation.progress(latest[-1]), _PROGRESS_S)
+        steps = spec.work.num_steps(spec.num_samples)
+        wanted = spec.record_timeline and round == 1
+        timed_step = min(_TIMELINE_STEP, steps - 1)
+        if wanted and timed_step == 0:
+            self._runner.observe = self._timeline.append
+
+        def watch(step: int, samples_done: int, sums: BatchResult) -> None:
+            self._runner.observe = self._timeline.append if wanted and step + 1 == timed_step else None
+            if spec.blueprint.is_last:
+                loss = sums.loss_sum / max(sums.weight, 1e-12)
+                latest[:] = [
+                    ProgressReport(round=round, samples_done=samples_done, samples_total=total, loss=loss)
+                ]
+                report()
+
+        return watch
+
+
+def _join_pipeline(spec: DeviceSpec, federation: Federation) -> DistributedTransport | None:
+    """Meet the client's other devices; its first device hosts the rendezvous."""
+    stages = spec.blueprint.num_stages
+    if stages == 1:
+        return None
+    if spec.host in ("127.0.0.1", "::1", "localhost"):
+        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+        if loopback is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    if spec.blueprint.is_first:
+        rendezvous = host_rendezvous(spec.host, timeout_s=spec.timeout_s)
+        address = Address(host=spec.host, port=rendezvous.port, secret=os.urandom(16).hex())
+        federation.publish_address(address)
+    else:
+        address = _find_address(spec, federation)
+        rendezvous = join_rendezvous(address.host, address.port, timeout_s=spec.timeout_s)
+    return DistributedTransport(
+        rendezvous,
+        rank=spec.blueprint.index,
+        world_size=stages,
+        prefix=f"fedmp/{spec.client}/{address.secret}",
+        device=spec.torch_device,
+        backend=spec.backend,
+        timeout_s=spec.timeout_s,
+    )
+
+
+def _find_address(spec: DeviceSpec, federation: Federation) -> Address:
+    deadline_s = time.monotonic() + spec.timeout_s
+    while time.monotonic() < deadline_s:
+        address = federation.address()
+        if address is not None:
+            return address
+        time.sleep(0.05)
+    raise DeadlineError(
+        f"device {spec.device} of {spec.client}: the client's first device did not come up "
+        f"within {spec.timeout_s:g} s"
+    )
+
+
+def _give_up(federation: HttpFederation, spec: DeviceSpec, round: int, kind: str, message: str) -> int:
+    if kind != "TrainingError":
+        message = f"device {spec.device} of {spec.client} (stage {spec.blueprint.index}): {message}"
+    try:
+        federation.fail(FailureReport(kind=kind, message=message, round=round))
+    except FederationError:
+        print(f"fedmp device: {message}", flush=True)
+    return 1

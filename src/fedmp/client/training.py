@@ -1,0 +1,170 @@
+"""Local training of one stage: the same batches in the same order on each device of the client."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fedmp.data import Dataset
+from fedmp.errors import TrainingError
+from fedmp.pipeline import BatchResult, MicroBatches, StageRunner, microbatch_sizes
+from fedmp.schedule import Schedule
+from fedmp.seeds import derive_seed
+
+__all__ = ["LocalWork", "StageTrainer"]
+
+OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+_EVALUATION_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What a client does in one round; the same on all its devices.
+
+    Attributes:
+        optimizer: makes the client optimizer of a list of parameters; its state lives for one round.
+        schedule: of the pipeline.
+        batch_size: samples in one optimizer step.
+        num_microbatches: into which each batch is cut.
+        local_epochs: passes over the client's data.
+        local_steps: if given, so many steps instead.
+        seed: the job's.
+        evaluate_first: evaluate the round's starting model on the client's data.
+    """
+
+    optimizer: OptimizerFactory
+    schedule: Schedule
+    batch_size: int
+    num_microbatches: int
+    local_epochs: int
+    local_steps: int | None
+    seed: int
+    evaluate_first: bool
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps in one round on so many samples."""
+        if self.local_steps is not None:
+            return self.local_steps
+        return self.local_epochs * math.ceil(num_samples / self.batch_size)
+
+    def num_examples(self, num_samples: int) -> int:
+        """Samples processed in one round on so many samples."""
+        steps = self.num_steps(num_samples)
+        passes, rest = divmod(steps, math.ceil(num_samples / self.batch_size))
+        return passes * num_samples + min(rest * self.batch_size, num_samples)
+
+
+class StageTrainer:
+    """Runs a client's local work on one stage.
+
+    Args:
+        runner: of this stage.
+        work: what to do.
+        client: the client's name, which seeds the order of its batches.
+        dataset: the client's data; a stage in the middle needs no tensors of it.
+        num_samples: of the client.
+    """
+
+    def __init__(
+        self, runner: StageRunner, work: LocalWork, *, client: str, dataset: Dataset | None, num_samples: int
+    ) -> None:
+        self._runner = runner
+        self._work = work
+        self._client = client
+        self._dataset = dataset
+        self._num_samples = num_samples
+        blueprint = runner.stage.blueprint
+        self._needs_inputs, self._needs_targets = blueprint.is_first, blueprint.is_last
+
+    def train(
+        self, *, round: int, on_step: Callable[[int, int, BatchResult], None] = lambda *_: None
+    ) -> BatchResult:
+        """Train for one round from the stage's present weights.
+
+        Args:
+            round: seeds the order of the batches.
+            on_step: called after each step with its number, the samples done so far, and the sums so far.
+
+        Returns:
+            Sums over the round; known on the last stage alone.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            PipelineError: another device of the client is gone.
+        """
+        parameters = [p for p in self._runner.stage.parameters() if p.requires_grad]
+        optimizer = self._work.optimizer(parameters) if parameters else None
+        total = BatchResult()
+        samples_done = 0
+        for step, indices in enumerate(self._batches(round)):
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+            batch = self.batch(indices)
+            result = self._runner.train_batch(batch, self._work.schedule, round=round, step=step)
+            self._check(result, round, step)
+            if optimizer is not None:
+                optimizer.step()
+            samples_done += len(indices)
+            total = total + result
+            on_step(step, samples_done, total)
+        return total
+
+    def evaluate(self, *, round: int) -> BatchResult:
+        """Evaluate the present weights on all of the client's data."""
+        total = BatchResult()
+        size = self._work.batch_size * _EVALUATION_BATCHES
+        for step, indices in enumerate(torch.arange(self._num_samples).split(size)):
+            result = self._runner.evaluate_batch(self.batch(indices), round=round, step=step)
+            total = total + result
+        return total
+
+    def batch(self, indices: torch.Tensor) -> MicroBatches:
+        """This stage's part of a batch of the client's samples."""
+        sizes = microbatch_sizes(len(indices), self._work.num_microbatches)
+        parts = indices.split(sizes)
+        inputs = targets = None
+        if self._needs_inputs:
+            assert self._dataset is not None
+            inputs = [(self._dataset.input_batch(part),) for part in parts]
+        if self._needs_targets:
+            assert self._dataset is not None
+            targets = [self._dataset.target_batch(part) for part in parts]
+        return MicroBatches(sizes, inputs, targets)
+
+    def _batches(self, round: int) -> Iterator[torch.Tensor]:
+        """Indices of each step's samples: a new permutation each pass."""
+        left = self._work.num_steps(self._num_samples)
+        epoch = 0
+        while left > 0:
+            seed = derive_seed(self._work.seed, "batches", self._client, round, epoch)
+            order = torch.randperm(self._num_samples, generator=torch.Generator().manual_seed(seed))
+            for indices in order.split(self._work.batch_size)[:left]:
+                left -= 1
+                yield indices
+            epoch += 1
+
+    def _check(self, result: BatchResult, round: int, step: int) -> None:
+        if not math.isfinite(result.loss_sum):
+            raise TrainingError(
+                f"the loss is {result.loss_sum} at client {self._client}, stage "
+                f"{self._runner.stage.blueprint.index}, round {round}, step {step}; lower the learning rate "
+                f"(optimizer.lr) or check the client's data"
+            )
+
+
+def throttled(call: Callable[[], None], interval_s: float) -> Callable[[], None]:
+    """`call`, but at most once in `interval_s` seconds."""
+    last_s = time.monotonic()
+
+    def maybe() -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if now_s - last_s >= interval_s:
+            last_s = now_s
+            call()
+
+    return maybe

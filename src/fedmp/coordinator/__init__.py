@@ -1,0 +1,22 @@
+"""The coordinator: hands out global stages, journals updates, aggregates, and keeps the global model."""
+
+from __future__ import annotations
+
+from fedmp.coordinator.board import Board, Member
+from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
+from fedmp.coordinator.global_model import GlobalModel
+from fedmp.coordinator.journal import Journal
+from fedmp.coordinator.rounds import RoundSettings, run_rounds
+from fedmp.coordinator.service import CoordinatorService
+
+__all__ = [
+    "Board",
+    "Checkpoint",
+    "CheckpointStore",
+    "CoordinatorService",
+    "GlobalModel",
+    "Journal",
+    "Member",
+    "RoundSettings",
+    "run_rounds",
+]

@@ -1,0 +1,211 @@
+"""The notice board between the round loop and the devices' requests.
+
+The round loop runs in one thread, the HTTP service in another. The board is all that they share: which
+round is open for whom, which updates are in, who failed. Waiting on it is always bounded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmp.errors import (
+    DataError,
+    DeadlineError,
+    FedmpError,
+    FrameError,
+    PipelineError,
+    RoundError,
+    TrainingError,
+)
+from fedmp.records import Address, FailureReport, Instruction, ProgressReport
+
+__all__ = ["Board", "Member"]
+
+_KINDS: dict[str, type[FedmpError]] = {
+    kind.__name__: kind for kind in (DataError, DeadlineError, FrameError, PipelineError, TrainingError)
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device that the coordinator knows.
+
+    Attributes:
+        client, device: names in the topology.
+        stage, num_stages: its place in the client's plan.
+        pulled: tensors that it pulls each round.
+        pushed: tensors that it must push.
+        stage_key: equal for stages of the same tensors, whoever runs them.
+        max_update_bytes: longest body that it may push.
+    """
+
+    client: str
+    device: str
+    stage: int
+    num_stages: int
+    pulled: tuple[str, ...]
+    pushed: tuple[str, ...]
+    stage_key: str
+    max_update_bytes: int
+
+
+class Board:
+    """What is going on.
+
+    Args:
+        members: every device by its credential.
+    """
+
+    def __init__(self, members: Mapping[str, Member]) -> None:
+        self.members = dict(members)
+        self._changed = threading.Condition()
+        self._instruction = Instruction(kind="wait", reason="the first round has not begun")
+        self._cohort: tuple[str, ...] = ()
+        self._reported: set[tuple[str, int]] = set()
+        self._addresses: dict[str, Address] = {}
+        self._failure: FailureReport | None = None
+        self._listeners: list[Callable[[], None]] = []
+        self._progress: dict[str, ProgressReport] = {}
+        self._last_heard_s: dict[str, float] = {}
+        self.bytes_up = 0
+        self.bytes_down = 0
+
+    # called by the round loop
+
+    def open_round(self, round: int, cohort: Sequence[str], reported: Sequence[tuple[str, int]] = ()) -> None:
+        """Let the cohort begin; `reported` stages are in the journal already."""
+        with self._changed:
+            self._cohort = tuple(cohort)
+            self._reported = set(reported)
+            self._progress = {}
+            self._instruction = Instruction(kind="train", round=round)
+            self._notify()
+
+    def close_round(self) -> None:
+        """Let devices wait while the coordinator aggregates."""
+        with self._changed:
+            self._instruction = Instruction(kind="wait", round=self._instruction.round, reason="aggregating")
+            self._notify()
+
+    def stop(self, reason: str) -> None:
+        """Send every device home."""
+        with self._changed:
+            self._instruction = Instruction(kind="stop", round=self._instruction.round, reason=reason)
+            self._notify()
+
+    def wait_for_cohort(self, *, timeout_s: float) -> bool:
+        """Wait until every stage of the cohort has reported, or something fails.
+
+        Args:
+            timeout_s: return False after so long.
+
+        Raises:
+            FedmpError: a device reported a failure; of the kind that it reported.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                if self._failure is not None:
+                    raise _KINDS.get(self._failure.kind, RoundError)(self._failure.message)
+                if not self._missing():
+                    return True
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._changed.wait(left_s)
+
+    def missing(self) -> dict[str, list[int]]:
+        """Stages of the cohort that have not reported, by client."""
+        with self._changed:
+            missing: dict[str, list[int]] = {}
+            for client, stage in sorted(self._missing()):
+                missing.setdefault(client, []).append(stage)
+            return missing
+
+    def progress(self) -> dict[str, ProgressReport]:
+        """The newest progress of each client in the open round."""
+        with self._changed:
+            return dict(self._progress)
+
+    def silent_s(self, client: str) -> float | None:
+        """Seconds since any device of a client was last heard; None if never."""
+        with self._changed:
+            heard = self._last_heard_s.get(client)
+            return None if heard is None else time.monotonic() - heard
+
+    # called by the service
+
+    def instruction_for(self, member: Member) -> Instruction:
+        """What a device should do now."""
+        with self._changed:
+            if self._instruction.kind != "train":
+                return self._instruction
+            round = self._instruction.round
+            if member.client not in self._cohort:
+                return Instruction(kind="wait", round=round, reason="not in this round's cohort")
+            if (member.client, member.stage) in self._reported:
+                return Instruction(kind="wait", round=round, reason="this round's update is in")
+            return self._instruction
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener`, which must not block, whenever something changes."""
+        self._listeners.append(listener)
+
+    def heard(self, member: Member) -> None:
+        """A device of this client is alive."""
+        with self._changed:
+            self._last_heard_s[member.client] = time.monotonic()
+
+    def reported(self, member: Member, num_bytes: int) -> None:
+        """A stage's update is in the journal."""
+        with self._changed:
+            self._reported.add((member.client, member.stage))
+            self.bytes_up += num_bytes
+            self._notify()
+
+    def sent(self, num_bytes: int) -> None:
+        """A global stage went out."""
+        with self._changed:
+            self.bytes_down += num_bytes
+
+    def progressed(self, member: Member, report: ProgressReport) -> None:
+        """A client got on."""
+        with self._changed:
+            if report.round == self._instruction.round:
+                self._progress[member.client] = report
+
+    def failed(self, report: FailureReport) -> None:
+        """A device cannot go on; a cause is kept rather than the losses that follow from it."""
+        with self._changed:
+            if self._failure is None or (_is_consequence(self._failure) and not _is_consequence(report)):
+                self._failure = report
+            self._notify()
+
+    def publish_address(self, member: Member, address: Address) -> None:
+        """The client's first device can be reached here."""
+        with self._changed:
+            self._addresses[member.client] = address
+            self._notify()
+
+    def address_of(self, client: str) -> Address | None:
+        """Where a client's first device listens; None if it has not said so."""
+        with self._changed:
+            return self._addresses.get(client)
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
+
+    def _missing(self) -> set[tuple[str, int]]:
+        return {
+            (member.client, member.stage) for member in self.members.values() if member.client in self._cohort
+        } - self._reported
+
+
+def _is_consequence(report: FailureReport) -> bool:
+    """Whether a device failed only because another one did."""
+    return report.kind in ("PipelineError", "DeadlineError")

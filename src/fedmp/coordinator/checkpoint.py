@@ -1,0 +1,106 @@
+"""Checkpoints: the global model after each round, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedmp.errors import ResumeError
+
+__all__ = ["Checkpoint", "CheckpointStore"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a round left.
+
+    Attributes:
+        round: the last committed round.
+        fingerprint: of the model's graph.
+        state: the global model's tensors by canonical name.
+        optimizer_tensors, optimizer_values: state of the server optimizer.
+    """
+
+    round: int
+    fingerprint: str
+    state: Mapping[str, torch.Tensor]
+    optimizer_tensors: Mapping[str, torch.Tensor]
+    optimizer_values: Mapping[str, Any]
+
+
+class CheckpointStore:
+    """Checkpoints in a folder, one sub-folder a round.
+
+    Args:
+        folder: made when the first checkpoint is saved.
+        keep: how many of the newest to keep.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self._folder = folder
+        self._keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint; a crash at any moment leaves the one before intact."""
+        final = self._folder / f"round-{checkpoint.round:05d}"
+        part = self._folder / f".round-{checkpoint.round:05d}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in checkpoint.state.items()}, part / "model.safetensors")
+        save_file(dict(checkpoint.optimizer_tensors), part / "optimizer.safetensors")
+        manifest = {
+            "round": checkpoint.round,
+            "fingerprint": checkpoint.fingerprint,
+            "optimizer_values": dict(checkpoint.optimizer_values),
+            "tensors": {name: list(tensor.shape) for name, tensor in checkpoint.state.items()},
+        }
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in (*part.iterdir(), part):
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+        _flush(self._folder)
+        for old in self._rounds()[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def latest(self) -> Checkpoint:
+        """The newest checkpoint.
+
+        Raises:
+            ResumeError: there is none, or it cannot be read.
+        """
+        rounds = self._rounds()
+        if not rounds:
+            raise ResumeError(f"nothing to resume: {self._folder} holds no checkpoint")
+        path = rounds[-1]
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+            return Checkpoint(
+                round=manifest["round"],
+                fingerprint=manifest["fingerprint"],
+                state=load_file(path / "model.safetensors"),
+                optimizer_tensors=load_file(path / "optimizer.safetensors"),
+                optimizer_values=manifest["optimizer_values"],
+            )
+        except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+            raise ResumeError(f"checkpoint {path} cannot be read: {error}") from error
+
+    def _rounds(self) -> list[Path]:
+        return sorted(self._folder.glob("round-*")) if self._folder.is_dir() else []
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

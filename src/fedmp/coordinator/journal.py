@@ -1,0 +1,175 @@
+"""The journal of a round: every update is a checked safetensors file before it is acknowledged.
+
+Uploads arrive in any order, one stage at a time. A client counts once all stages of its plan are there.
+The files are mapped, not read, so aggregation needs memory for about one tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedmp.errors import RefusedError
+from fedmp.graph import StateSpec
+from fedmp.records import DeviceReport
+
+__all__ = ["ClientUpdate", "Journal"]
+
+
+class Journal:
+    """Updates of the open round, and the global stages that it started from.
+
+    Args:
+        folder: of the whole job's journal; a round's files lie in a folder of their own below it.
+        specs: of every tensor of the model.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, StateSpec]) -> None:
+        self._folder = folder
+        self._specs = specs
+        self._round = 0
+
+    @property
+    def round(self) -> int:
+        """The open round; 0 before the first."""
+        return self._round
+
+    def open(self, round: int) -> None:
+        """Begin a round, or go on with it: updates that are there stay."""
+        self._round = round
+        self._round_folder().mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        """Delete the open round's files, once its result is committed."""
+        shutil.rmtree(self._round_folder(), ignore_errors=True)
+
+    def whole_clients(self, num_stages: Mapping[str, int]) -> list[str]:
+        """Clients whose every stage is in the journal; stages of others are thrown away.
+
+        Args:
+            num_stages: stages of each client's plan.
+        """
+        whole = []
+        for client, count in num_stages.items():
+            present = [stage for stage in range(count) if self.has(client, stage)]
+            if len(present) == count:
+                whole.append(client)
+            else:
+                for stage in present:
+                    self._path(client, stage).unlink()
+        return whole
+
+    def global_stage(self, names: Sequence[str], state: Mapping[str, torch.Tensor], key: str) -> Path:
+        """The file of a global stage, written when first asked for.
+
+        Args:
+            names: its tensors.
+            state: the global model.
+            key: names the stage; equal stages of several clients share a file.
+        """
+        path = self._round_folder() / f"global-{key}.safetensors"
+        if not path.exists():
+            _write_atomically(path, lambda part: save_file({name: state[name] for name in names}, part))
+        return path
+
+    def temporary(self, client: str, stage: int) -> Path:
+        """Where to stream an upload before it is checked."""
+        return self._round_folder() / f".{client}.{stage}.part"
+
+    def accept(self, part: Path, client: str, stage: int, names: Sequence[str]) -> DeviceReport:
+        """Check a streamed upload and take it into the journal.
+
+        Args:
+            part: the streamed file.
+            client, stage: whose it is.
+            names: the tensors that it must hold, no more and no less.
+
+        Raises:
+            RefusedError: it is not a safetensors file, or holds anything but finite tensors of the
+                right names, shapes and dtypes, or no valid report.
+        """
+        try:
+            with safe_open(part, framework="pt") as body:
+                self._check(body, names)
+                report = DeviceReport.model_validate_json((body.metadata() or {}).get("report", ""))
+        except SafetensorError as error:
+            raise RefusedError(f"the body is not a safetensors file: {error}", status=422) from error
+        except ValidationError as error:
+            raise RefusedError(f"the update's report is not valid: {error.errors()[0]['msg']}", status=422) from error
+        os.replace(part, self._path(client, stage))
+        return report
+
+    def has(self, client: str, stage: int) -> bool:
+        """Whether this stage's update is in the journal."""
+        return self._path(client, stage).exists()
+
+    def update_of(self, client: str, num_stages: int) -> ClientUpdate | None:
+        """A client's whole update; None while a stage is missing."""
+        paths = [self._path(client, stage) for stage in range(num_stages)]
+        return ClientUpdate(paths) if all(path.exists() for path in paths) else None
+
+    def _check(self, body: safe_open, names: Sequence[str]) -> None:
+        got = set(body.keys())
+        if got != set(names):
+            missing, unknown = sorted(set(names) - got)[:5], sorted(got - set(names))[:5]
+            raise RefusedError(
+                f"an update of this stage has {len(names)} tensors; missing {missing}, unknown {unknown}",
+                status=422,
+            )
+        for name in names:
+            tensor, spec = body.get_tensor(name), self._specs[name]
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise RefusedError(
+                    f"{name} must be {spec.dtype} {spec.shape}, not {tensor.dtype} {tuple(tensor.shape)}",
+                    status=422,
+                )
+            if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+                raise RefusedError(f"{name} holds NaN or infinity", status=422)
+
+    def _round_folder(self) -> Path:
+        return self._folder / f"round-{self._round:05d}"
+
+    def _path(self, client: str, stage: int) -> Path:
+        return self._round_folder() / f"{client}.{stage}.safetensors"
+
+
+class ClientUpdate(Mapping[str, torch.Tensor]):
+    """One client's update over all its stages, read from the journal a tensor at a time.
+
+    Args:
+        paths: the journal files of its stages, in stage order.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._bodies = [safe_open(path, framework="pt") for path in paths]
+        self._home = {name: body for body in self._bodies for name in body.keys()}  # noqa: SIM118
+        self.reports = [
+            DeviceReport.model_validate_json(body.metadata()["report"]) for body in self._bodies
+        ]
+
+    @property
+    def num_examples(self) -> int:
+        """Samples that the client processed: the least of its stages."""
+        return min(report.num_examples for report in self.reports)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._home[name].get_tensor(name)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+
+def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    os.replace(part, path)

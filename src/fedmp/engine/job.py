@@ -1,0 +1,171 @@
+"""A job: everything about a training, described once, whatever engine runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from fedmp.aggregate import Aggregator, WeightedMean
+from fedmp.data import ArrayData, DataSource, IID, Split
+from fedmp.errors import ConfigError
+from fedmp.partition import Partitioner
+from fedmp.records import Observer, Plan, RoundRecord, Summary
+from fedmp.schedule import OneFOneB, Schedule
+from fedmp.strategy import FedAvg, Strategy
+from fedmp.tasks import CrossEntropy, Task
+from fedmp.topology import Topology
+
+__all__ = ["Centralized", "Engine", "Job", "OptimizerFactory", "Result", "default_optimizer"]
+
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+
+
+def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """SGD with learning rate 0.05 and momentum 0.9."""
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class Centralized:
+    """Centralized training to compare with: the same model on the pooled data of all clients.
+
+    Attributes:
+        optimizer: makes its optimizer, tuned for it and not for the federation.
+        epochs: passes over the pooled data; None for as many as the federation makes.
+        batch_size: samples a step; None for the clients' batch size.
+    """
+
+    optimizer: OptimizerFactory = default_optimizer
+    epochs: int | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A federated model-parallel training.
+
+    Args:
+        model: a module, or a function that makes one; seeded by `seed` if a function.
+        topology: clients, devices and links.
+        data: a data source, or arrays (x_train, y_train, x_test, y_test).
+        split: how the training samples are spread over the clients.
+        task: what the model is trained for: the loss and what counts as correct.
+        strategy: who takes part in a round and how much they train.
+        aggregator: how the clients' updates become one.
+        optimizer: makes the client optimizer of a list of parameters, such as
+            `functools.partial(torch.optim.SGD, lr=0.1)`.
+        server_optimizer: makes the optimizer that follows the pseudo-gradient; None averages.
+        partitioner: "uniform", "balanced", "exact", or an object with a `plan` method.
+        schedule: of the pipeline.
+        rounds: how many.
+        batch_size: samples in one step of a client.
+        num_microbatches: into which the pipeline cuts a batch.
+        seed: of every random choice.
+        federated_evaluation: evaluate each round's starting model on the clients' own data.
+        centralized: train centrally as well, to compare; None does not.
+        optimizer_copies: optimizer state in units of the parameters' size, for memory predictions.
+
+    Example:
+        >>> job = Job(model=model, topology=topology, data=(x, y, x_test, y_test))  # doctest: +SKIP
+        >>> result = job.run(engine="local")                                        # doctest: +SKIP
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    topology: Topology
+    data: DataSource | tuple[Any, Any, Any, Any]
+    split: Split = field(default_factory=IID)
+    task: Task = field(default_factory=CrossEntropy)
+    strategy: Strategy = field(default_factory=FedAvg)
+    aggregator: Aggregator = field(default_factory=WeightedMean)
+    optimizer: OptimizerFactory = default_optimizer
+    server_optimizer: OptimizerFactory | None = None
+    partitioner: str | Partitioner = "balanced"
+    schedule: Schedule = field(default_factory=OneFOneB)
+    rounds: int = 10
+    batch_size: int = 32
+    num_microbatches: int = 4
+    seed: int = 0
+    federated_evaluation: bool = False
+    centralized: Centralized | None = None
+    optimizer_copies: float = 1.0
+    title: str = "fedmp"
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "batch_size", "num_microbatches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def source(self) -> DataSource:
+        """The data source, whichever way the data were given."""
+        return ArrayData(*self.data) if isinstance(self.data, tuple) else self.data
+
+    def run(
+        self,
+        engine: str | Engine = "local",
+        *,
+        run_dir: str | Path | None = None,
+        resume: bool = False,
+        observe: Observer | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """Run the job.
+
+        Args:
+            engine: "local" (a process for the coordinator and each device), "simulate" (all in this
+                process), or an engine object.
+            run_dir: where the run leaves its files; None for `runs/` and the time.
+            resume: go on with the run in `run_dir` after its last committed round.
+            observe: told of everything that happens; None prints a line a round.
+            config: written to `config.json`, for people.
+
+        Returns:
+            History, final model and summary.
+
+        Raises:
+            FedmpError: anything that fedmp can name; see `fedmp.errors`.
+        """
+        from fedmp.engine.run import run_job
+
+        return run_job(self, engine, run_dir=run_dir, resume=resume, observe=observe, config=config or {})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run returns.
+
+    Attributes:
+        history: one record a round.
+        model: the final global model, in eval mode, on the CPU.
+        summary: the run in one record.
+        plans: each client's plan.
+        run_dir: where its files are.
+    """
+
+    history: tuple[RoundRecord, ...]
+    model: nn.Module
+    summary: Summary
+    plans: Mapping[str, Plan]
+    run_dir: Path
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A way to run the rounds of a prepared job."""
+
+    @property
+    def name(self) -> str:
+        """As summaries show it."""
+        ...
+
+    def warm_up(self) -> None:
+        """Begin whatever takes long and needs nothing of the job."""
+        ...
+
+    def run(self, prepared: Any) -> Any:
+        """Run the rounds."""
+        ...

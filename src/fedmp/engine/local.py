@@ -1,0 +1,221 @@
+"""The local engine: the coordinator and every device as a real process on this machine, over loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import multiprocessing.forkserver
+import secrets
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from pydantic import Field
+
+from fedmp.client import DeviceSpec, run_device
+from fedmp.component import Component
+from fedmp.coordinator import Board, CoordinatorService, Journal, Member, RoundSettings, run_rounds
+from fedmp.engine.prepare import ClientSetup, Prepared
+from fedmp.engine.session import Outcome, Session, evaluator
+from fedmp.errors import FederationError
+from fedmp.records import DeviceReport, TimedAction
+from fedmp.stages import StageBlueprint
+
+__all__ = ["LocalEngine"]
+
+_GRACE_S = 3.0
+
+
+class LocalEngine(Component):
+    """Real processes, real sockets.
+
+    Args:
+        host: loopback address of the coordinator and of the pipelines.
+        port: of the coordinator; 0 picks a free one.
+        backend: of torch.distributed, between a client's devices.
+        num_threads: of each device process.
+        round_timeout_s: a round that takes longer fails.
+        transfer_timeout_s: deadline of one transfer between devices.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, lt=65536)
+    backend: str = "gloo"
+    num_threads: int = Field(default=1, ge=1)
+    round_timeout_s: float = Field(default=3600.0, gt=0)
+    transfer_timeout_s: float = Field(default=120.0, gt=0)
+
+    @property
+    def name(self) -> str:
+        """`local`."""
+        return "local"
+
+    def warm_up(self) -> None:
+        """Let the fork server import torch while this process traces and plans."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["fedmp.engine.preload"])
+        multiprocessing.forkserver.ensure_running()
+
+    def run(self, session: Session) -> Outcome:
+        """Start the processes, run the rounds, and leave nothing running.
+
+        Raises:
+            FedmpError: a device failed, or the address is in use.
+        """
+        prepared = session.prepared
+        members = _members(prepared)
+        board = Board(members)
+        journal = Journal(session.journal_folder, prepared.graph.state)
+        timeline: list[TimedAction] = []
+
+        def keep_timeline(round: int, reports: Mapping[str, Sequence[DeviceReport]]) -> None:
+            timeline.extend(TimedAction(*row) for stages in reports.values() for r in stages for row in r.timeline)
+
+        with CoordinatorService(board, journal, session.model, host=self.host, port=self.port) as service:
+            processes = _Processes()
+            try:
+                for token, member in members.items():
+                    processes.start(member, self._spec(service.url, token, member, prepared))
+                startup_s = time.monotonic() - session.started_s
+                records = run_rounds(
+                    self._settings(session),
+                    strategy=prepared.job.strategy,
+                    aggregator=prepared.job.aggregator,
+                    model=session.model,
+                    board=board,
+                    journal=journal,
+                    checkpoints=session.checkpoints,
+                    evaluate=evaluator(session),
+                    watch=processes.check,
+                    observe=session.observe,
+                    on_reports=keep_timeline,
+                )
+            finally:
+                board.stop("the job is over")
+                processes.join()
+        return Outcome(tuple(records), startup_s, _from_zero(timeline))
+
+    def _settings(self, session: Session) -> RoundSettings:
+        prepared = session.prepared
+        clients = prepared.clients
+        return RoundSettings(
+            num_stages={name: setup.plan.num_stages for name, setup in clients.items()},
+            round_samples={name: setup.round_samples for name, setup in clients.items()},
+            predicted_s={name: setup.predicted_s for name, setup in clients.items()},
+            first_round=session.first_round,
+            last_round=prepared.job.rounds,
+            seed=prepared.job.seed,
+            round_timeout_s=self.round_timeout_s,
+            fingerprint=prepared.graph.fingerprint,
+        )
+
+    def _spec(self, url: str, token: str, member: Member, prepared: Prepared) -> DeviceSpec:
+        setup = prepared.clients[member.client]
+        blueprint = setup.blueprints[member.stage]
+        return DeviceSpec(
+            url=url,
+            token=token,
+            client=member.client,
+            device=member.device,
+            blueprint=blueprint,
+            dataset=_part_of(setup, blueprint),
+            num_samples=len(setup.dataset),
+            task=prepared.job.task,
+            work=prepared.work,
+            keep_statistics_local=prepared.job.strategy.keep_statistics_local,
+            record_timeline=member.client == next(iter(prepared.clients)),
+            host=self.host,
+            backend=self.backend,
+            num_threads=self.num_threads,
+            timeout_s=self.transfer_timeout_s,
+        )
+
+
+class _Processes:
+    """The device processes of a run."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._running: list[tuple[Member, BaseProcess]] = []
+        self._died_s: float | None = None
+
+    def start(self, member: Member, spec: DeviceSpec) -> None:
+        """Start one device."""
+        process = self._context.Process(
+            target=_device_main, args=(spec,), name=f"fedmp {member.client}/{member.device}", daemon=True
+        )
+        process.start()
+        self._running.append((member, process))
+
+    def check(self) -> None:
+        """Raise if a device process died without a word; a moment is left for its last words to arrive."""
+        for member, process in self._running:
+            if process.exitcode is not None:
+                self._died_s = self._died_s or time.monotonic()
+                if time.monotonic() - self._died_s > _GRACE_S:
+                    raise FederationError(
+                        f"device {member.device} of {member.client} (stage {member.stage}) ended with exit "
+                        f"code {process.exitcode} before the job was over"
+                    )
+
+    def join(self) -> None:
+        """Wait a moment for every device to go home, then make sure of it."""
+        deadline_s = time.monotonic() + _GRACE_S
+        for _, process in self._running:
+            process.join(max(0.0, deadline_s - time.monotonic()))
+        for _, process in self._running:
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+        self._running = []
+
+
+def _device_main(spec: DeviceSpec) -> None:
+    # an interrupt at the terminal is the parent's to handle: it stops its devices in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise SystemExit(run_device(spec))
+
+
+def _members(prepared: Prepared) -> dict[str, Member]:
+    """Every device with a fresh credential."""
+    members = {}
+    for name, setup in prepared.clients.items():
+        for blueprint, stage in zip(setup.blueprints, setup.plan.stages, strict=True):
+            pulled = tuple(blueprint.state)
+            pushed = setup.pushed(blueprint, with_buffers=not prepared.job.strategy.keep_statistics_local)
+            members[secrets.token_urlsafe(32)] = Member(
+                client=name,
+                device=stage.device,
+                stage=blueprint.index,
+                num_stages=blueprint.num_stages,
+                pulled=pulled,
+                pushed=pushed,
+                stage_key=hashlib.sha256("\n".join(pulled).encode()).hexdigest()[:16],
+                max_update_bytes=_max_bytes(blueprint),
+            )
+    return members
+
+
+def _max_bytes(blueprint: StageBlueprint) -> int:
+    """The stage's tensors, and room for names, shapes and the report."""
+    return sum(spec.num_bytes + 1024 for spec in blueprint.state.values()) + (4 << 20)
+
+
+def _part_of(setup: ClientSetup, blueprint: StageBlueprint) -> Any:
+    """The part of the client's data that a stage needs."""
+    if blueprint.is_first and blueprint.is_last:
+        return setup.dataset
+    if blueprint.is_first:
+        return setup.dataset.without_targets()
+    return setup.dataset.without_inputs() if blueprint.is_last else None
+
+
+def _from_zero(timeline: Sequence[TimedAction]) -> tuple[TimedAction, ...]:
+    first_s = min((action.start_s for action in timeline), default=0.0)
+    return tuple(
+        TimedAction(a.device, a.stage, a.kind, a.microbatch, a.start_s - first_s, a.stop_s - first_s)
+        for a in timeline
+    )

@@ -1,0 +1,171 @@
+"""From a job to everything that its rounds need: graph, plans, each client's data, predictions."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedmp.client import LocalWork
+from fedmp.data import Dataset, TrainTest, describe
+from fedmp.engine.job import Job
+from fedmp.errors import DataError
+from fedmp.graph import LayerGraph, trace
+from fedmp.partition.api import plan_graph
+from fedmp.records import ClientData, Plan
+from fedmp.seeds import derive_seed
+from fedmp.stages import StageBlueprint, draw_blueprints
+from fedmp.topology import Client
+from fedmp.updates import trained_names
+
+__all__ = ["ClientSetup", "Prepared", "prepare"]
+
+
+@dataclass(frozen=True, eq=False)
+class ClientSetup:
+    """One client, ready to train.
+
+    Attributes:
+        client: from the topology.
+        plan, blueprints: how the model is cut over its devices.
+        dataset: its own training samples.
+        round_samples: samples that it processes in one round.
+        predicted_s: seconds of one round by its plan, its links and its samples.
+    """
+
+    client: Client
+    plan: Plan
+    blueprints: Sequence[StageBlueprint]
+    dataset: Dataset
+    round_samples: int
+    predicted_s: float
+
+    @property
+    def name(self) -> str:
+        """The client's name."""
+        return self.client.name
+
+    def pushed(self, blueprint: StageBlueprint, *, with_buffers: bool) -> tuple[str, ...]:
+        """The tensors that a stage's update holds."""
+        owned = set(blueprint.owned)
+        names = trained_names(blueprint.state.values(), with_buffers=with_buffers)
+        return tuple(name for name in names if name in owned)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A job, ready to run.
+
+    Attributes:
+        job: the job.
+        model: its model with the initial weights.
+        graph: the traced model.
+        data: training and test samples.
+        clients: by name, in the topology's order.
+        table: who holds what.
+        work: what each client does in a round.
+    """
+
+    job: Job
+    model: nn.Module
+    graph: LayerGraph
+    data: TrainTest
+    clients: Mapping[str, ClientSetup]
+    table: tuple[ClientData, ...]
+    work: LocalWork
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """Each client's plan."""
+        return {name: setup.plan for name, setup in self.clients.items()}
+
+    def whole_stage(self) -> StageBlueprint:
+        """The model as a single stage."""
+        return draw_blueprints(self.graph, [], device=torch.device("cpu"))[0]
+
+
+def prepare(job: Job) -> Prepared:
+    """Load and split the data, build and trace the model, plan every client.
+
+    Raises:
+        DataError, TraceError, PlanError: as named.
+    """
+    data = job.source().load()
+    names = [client.name for client in job.topology.clients]
+    rows = job.split.assign(data.train, len(names), derive_seed(job.seed, "split") % 2**32)
+    empty = [name for name, indices in zip(names, rows, strict=True) if len(indices) == 0]
+    if empty:
+        raise DataError(f"client {empty[0]} has no training samples; use another split or fewer clients")
+    model = _build(job)
+    example = data.train.input_batch(torch.arange(min(job.batch_size, len(data.train))))
+    graph = trace(model, (example,))
+    work = LocalWork(
+        optimizer=job.optimizer,
+        schedule=job.schedule,
+        batch_size=job.batch_size,
+        num_microbatches=job.num_microbatches,
+        local_epochs=job.strategy.local_epochs,
+        local_steps=job.strategy.local_steps,
+        seed=job.seed,
+        evaluate_first=job.federated_evaluation,
+    )
+    plans: dict[str, tuple[Plan, list[StageBlueprint]]] = {}
+    clients = {}
+    for client, indices in zip(job.topology.clients, rows, strict=True):
+        key = hashlib.sha256(f"{client.devices}{client.links}".encode()).hexdigest()
+        if key not in plans:
+            plan = _plan(job, graph, client)
+            plans[key] = plan, draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
+        plan, blueprints = plans[key]
+        clients[client.name] = ClientSetup(
+            client=client,
+            plan=plan,
+            blueprints=blueprints,
+            dataset=data.train.select(indices),
+            round_samples=work.num_examples(len(indices)),
+            predicted_s=_predict_s(client, plan, blueprints, work.num_steps(len(indices))),
+        )
+    return Prepared(
+        job=job,
+        model=model,
+        graph=graph,
+        data=data,
+        clients=clients,
+        table=describe(data.train, rows, names),
+        work=work,
+    )
+
+
+def _build(job: Job) -> nn.Module:
+    if isinstance(job.model, nn.Module):
+        return copy.deepcopy(job.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(job.seed, "weights"))
+        return job.model()
+
+
+def _plan(job: Job, graph: LayerGraph, client: Client) -> Plan:
+    return plan_graph(
+        graph,
+        devices=client.devices,
+        links=client.links,
+        partitioner=job.partitioner,
+        num_microbatches=job.num_microbatches,
+        schedule=job.schedule.name,
+        batch_size=job.batch_size,
+        optimizer_copies=job.optimizer_copies,
+    )
+
+
+def _predict_s(client: Client, plan: Plan, blueprints: Sequence[StageBlueprint], num_steps: int) -> float:
+    """Training by the plan, and each device moving its own stage down and up beside the others."""
+    transfers = []
+    for blueprint in blueprints:
+        down = sum(spec.num_bytes for spec in blueprint.state.values())
+        up = sum(blueprint.state[name].num_bytes for name in blueprint.owned)
+        transfers.append(client.uplink.transfer_s(down) + client.uplink.transfer_s(up))
+    return num_steps * plan.step_s + max(transfers)

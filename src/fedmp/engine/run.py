@@ -1,0 +1,205 @@
+"""Run a job from start to end: prepare, resume if asked, let an engine do the rounds, compare, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmp.coordinator import Checkpoint, CheckpointStore, GlobalModel
+from fedmp.engine.central import CentralizedResult, train_centrally
+from fedmp.engine.job import Engine, Job, Result
+from fedmp.engine.local import LocalEngine
+from fedmp.engine.prepare import Prepared, prepare
+from fedmp.engine.session import Outcome, Session
+from fedmp.engine.simulate import SimulateEngine
+from fedmp.errors import ConfigError, ResumeError
+from fedmp.records import Event, Note, Observer, RoundFinished, RoundRecord, RunFinished, RunStarted, Summary
+from fedmp.report import RunDirectory, make_view
+from fedmp.stages import model_state
+
+__all__ = ["run_job"]
+
+_ENGINES: dict[str, type[LocalEngine] | type[SimulateEngine]] = {
+    "local": LocalEngine,
+    "simulate": SimulateEngine,
+}
+
+
+def run_job(
+    job: Job,
+    engine: str | Engine,
+    *,
+    run_dir: str | Path | None,
+    resume: bool,
+    observe: Observer | None,
+    config: Mapping[str, Any],
+) -> Result:
+    """Run a job; see `Job.run`."""
+    if isinstance(engine, str):
+        if engine not in _ENGINES:
+            raise ConfigError(f"no engine is called {engine!r}; there are {', '.join(_ENGINES)}")
+        engine = _ENGINES[engine]()
+    directory = _directory(run_dir, resume=resume)
+    if observe is not None:
+        return _run(job, engine, directory, resume, observe, config)
+    with make_view() as view:
+        return _run(job, engine, directory, resume, view, config)
+
+
+def _run(
+    job: Job,
+    engine: Engine,
+    directory: RunDirectory,
+    resume: bool,
+    observe: Observer,
+    config: Mapping[str, Any],
+) -> Result:
+    started_s = time.monotonic()
+    engine.warm_up()
+    observe(Note("reading data, tracing the model, planning"))
+    prepared = prepare(job)
+    model = GlobalModel(
+        prepared.graph.state,
+        {name: tensor.detach().clone() for name, tensor in model_state(prepared.model, prepared.graph).items()},
+        job.server_optimizer,
+    )
+    checkpoints = CheckpointStore(directory.path / "checkpoints")
+    before = _resume(directory, checkpoints, prepared, model) if resume else ()
+    if not resume:
+        directory.write_config(config)
+        directory.write_plans(prepared.plans)
+        checkpoints.save(Checkpoint(0, prepared.graph.fingerprint, model.state, {}, {}))
+    first_round = before[-1].round + 1 if before else 1
+
+    def tell(event: Event) -> None:
+        if isinstance(event, RoundFinished):
+            directory.append_metrics(event.record)
+        observe(event)
+
+    observe(
+        RunStarted(
+            title=job.title,
+            engine=engine.name,
+            num_rounds=job.rounds,
+            first_round=first_round,
+            plans=prepared.plans,
+            data=prepared.table,
+            label_names=prepared.data.train.label_names,
+        )
+    )
+    outcome = engine.run(
+        Session(
+            prepared=prepared,
+            model=model,
+            checkpoints=checkpoints,
+            journal_folder=directory.path / "journal",
+            first_round=first_round,
+            started_s=started_s,
+            observe=tell,
+        )
+    )
+    central = None
+    if job.centralized is not None:
+        observe(Note("training centrally, to compare"))
+        central = train_centrally(prepared, job.centralized)
+    records = (*before, *outcome.records)
+    summary = _summary(prepared, engine, records, outcome, central, time.monotonic() - started_s)
+    directory.write_summary(summary)
+    directory.write_pictures(
+        plans=prepared.plans,
+        clients=prepared.table,
+        records=records,
+        label_names=prepared.data.train.label_names,
+        timeline=outcome.timeline,
+        centralized_accuracy=summary.centralized_accuracy,
+    )
+    observe(RunFinished(summary, records, str(directory.path), outcome.timeline))
+    return Result(
+        history=records,
+        model=_final_model(prepared, model),
+        summary=summary,
+        plans=prepared.plans,
+        run_dir=directory.path,
+    )
+
+
+def _directory(run_dir: str | Path | None, *, resume: bool) -> RunDirectory:
+    if resume and (run_dir is None or not Path(run_dir).is_dir()):
+        raise ResumeError(f"nothing to resume: {str(run_dir)!r} is not a run directory")
+    if run_dir is None:
+        run_dir = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    directory = RunDirectory.create(run_dir)
+    if not resume and directory.has_metrics:
+        raise ConfigError(
+            f"run_dir {str(directory.path)!r} holds a run already; go on with it by resume={run_dir}, or "
+            f"choose another with run_dir=PATH"
+        )
+    return directory
+
+
+def _resume(
+    directory: RunDirectory, checkpoints: CheckpointStore, prepared: Prepared, model: GlobalModel
+) -> tuple[RoundRecord, ...]:
+    """Load the last committed round into the global model; returns the rounds so far."""
+    checkpoint = checkpoints.latest()
+    if checkpoint.fingerprint != prepared.graph.fingerprint:
+        raise ResumeError(
+            f"the run in {directory.path} trained another model (fingerprint {checkpoint.fingerprint}, this "
+            f"{prepared.graph.model_name} has {prepared.graph.fingerprint}); resume with the config it began with"
+        )
+    if checkpoint.round >= prepared.job.rounds:
+        raise ResumeError(
+            f"the run in {directory.path} has finished {checkpoint.round} rounds; ask for more with rounds=NUMBER"
+        )
+    for name, tensor in checkpoint.state.items():
+        model.state[name].copy_(tensor)
+    model.load_optimizer_state(checkpoint.optimizer_tensors, checkpoint.optimizer_values)
+    directory.truncate_metrics(checkpoint.round)
+    return directory.read_metrics()
+
+
+def _summary(
+    prepared: Prepared,
+    engine: Engine,
+    records: tuple[RoundRecord, ...],
+    outcome: Outcome,
+    central: CentralizedResult | None,
+    wall_s: float,
+) -> Summary:
+    final = records[-1].test_accuracy if records else None
+    central_accuracy = central.accuracy if central else None
+    gap = None if final is None or central_accuracy is None else 100 * (central_accuracy - final)
+    return Summary(
+        engine=engine.name,
+        rounds=len(records),
+        clients=len(prepared.clients),
+        devices=sum(setup.plan.num_stages for setup in prepared.clients.values()),
+        num_parameters=sum(
+            torch.Size(spec.shape).numel() for spec in prepared.graph.state.values() if spec.kind == "parameter"
+        ),
+        final_accuracy=final,
+        centralized_accuracy=central_accuracy,
+        accuracy_gap_points=gap,
+        samples_processed=sum(record.num_examples for record in records),
+        centralized_samples=central.samples if central else None,
+        bytes_up=sum(record.bytes_up for record in records),
+        bytes_down=sum(record.bytes_down for record in records),
+        pipeline_bytes=sum(record.pipeline_bytes for record in records),
+        centralized_bytes=central.num_bytes if central else None,
+        wall_s=wall_s,
+        simulated_s=sum(record.simulated_s for record in records),
+        centralized_wall_s=central.wall_s if central else None,
+        startup_s=outcome.startup_s,
+    )
+
+
+def _final_model(prepared: Prepared, model: GlobalModel) -> torch.nn.Module:
+    with torch.no_grad():
+        for name, tensor in model_state(prepared.model, prepared.graph).items():
+            tensor.copy_(model.state[name])
+    return prepared.model.eval()

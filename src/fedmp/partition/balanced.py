@@ -1,0 +1,71 @@
+"""The fast partitioner: balance the stages over the devices in the order given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from fedmp.component import Component
+from fedmp.partition.build import check_devices
+from fedmp.partition.coarse import coarse_positions
+from fedmp.partition.estimate import cost_model
+from fedmp.partition.lattice import fixed_order, fixed_order_counted
+from fedmp.partition.problem import make_problem
+from fedmp.partition.remedy import infeasible
+from fedmp.partition.search import SCHEDULE_PATTERN, plan_of, search
+from fedmp.partition.space import Space
+from fedmp.records import Plan, Profile
+from fedmp.topology import Device, Links
+
+__all__ = ["Balanced"]
+
+_MAX_CELLS = 40_000_000  # of one dynamic program, less than a second
+
+
+class Balanced(Component):
+    """The best cuts for devices in the order given; a device may be left out, never moved.
+
+    A dynamic program over cuts for a fixed device order, as PipeDream (Narayanan et al., 2019, section
+    3.1) and most planners after it have it, with memory as a hard limit. We differ in the objective: not
+    the slowest stage but the whole step, GPipe's closed form, or the lower bound of 1F1B and then the
+    event simulator for the choices with the least bounds. The order is what `Exact` adds.
+
+    Args:
+        schedule: "gpipe", "1f1b" or "1f1b-short".
+        max_expansions: how many partial choices to look into beyond the dynamic program.
+    """
+
+    schedule: str = Field(default="1f1b", pattern=SCHEDULE_PATTERN)
+    max_expansions: int = Field(default=200, ge=1)
+
+    def plan(
+        self, profile: Profile, devices: Sequence[Device], links: Links, *, num_microbatches: int
+    ) -> Plan:
+        """Choose the cuts, and which devices to leave out.
+
+        Args:
+            profile, devices, links, num_microbatches: as in `Partitioner.plan`.
+
+        Returns:
+            The plan. Its `bound_s` holds for any order of the devices and needs no search, so its gap is
+            mostly the bound's looseness.
+
+        Raises:
+            PlanError: there is no device, or two have one name.
+            InfeasibleError: nothing fits in this order; says what would.
+        """
+        check_devices(devices)
+        costs = cost_model(profile, num_microbatches)
+        num_units = len(costs.positions()) - 1
+        lattice = (
+            fixed_order(len(devices))
+            if self.schedule == "gpipe"
+            else fixed_order_counted(len(devices), num_units)
+        )
+        for positions in coarse_positions(costs, max_cells=_MAX_CELLS, num_states=lattice.num_states):
+            problem = make_problem(costs, devices, links, positions=positions, merge_devices=False)
+            found = search(Space(problem, lattice, self.schedule), max_expansions=self.max_expansions)
+            if found.choice is not None:
+                return plan_of(problem, found, "balanced", is_global=False)
+        raise infeasible(costs, devices, self.schedule, in_order=True)

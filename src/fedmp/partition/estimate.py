@@ -1,0 +1,178 @@
+"""What a stage would cost: the planner's arithmetic, from a profile to seconds and bytes of one micro-batch.
+
+A `CostModel` is built once from a profile and the number of micro-batches; partitioners, `build_plan`
+and the bounds all ask it, so that a plan is judged by the same numbers that found it. Every method takes
+integers or whole numpy arrays of them and computes both the same way, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmp.records import Profile
+from fedmp.topology import Device, Link
+
+__all__ = ["Array", "CostModel", "cost_model", "format_bytes"]
+
+Array: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of any run of layers for one micro-batch. Make one with `cost_model`.
+
+    Layers are counted from 0; a position `p` is the place before layer `p`, so that a stage is the
+    layers from position `start` to position `stop`.
+
+    Attributes:
+        profile: what the costs come from.
+        num_microbatches, microbatch_size: how one batch is cut; the size is rounded up.
+    """
+
+    profile: Profile
+    num_microbatches: int
+    microbatch_size: int
+    _forward_s: Array
+    _backward_s: Array
+    _activation_bytes: Array
+    _buffer_bytes: Array
+    _boundary_bytes: Array
+    _gradient_bytes: Array
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.profile.layers)
+
+    def positions(self) -> list[int]:
+        """Where the model may be cut, with 0 and `num_layers`, ascending."""
+        cuttable = [i + 1 for i, layer in enumerate(self.profile.layers[:-1]) if layer.can_cut_after]
+        return [0, *cuttable, self.num_layers]
+
+    def forward_s(self, start: Any, stop: Any, device: Device) -> Any:
+        """Seconds of the forward of layers `start` to `stop` on `device`."""
+        return (self._forward_s[stop] - self._forward_s[start]) * self._slowness(device)
+
+    def backward_s(self, start: Any, stop: Any, device: Device) -> Any:
+        """Seconds of the backward of layers `start` to `stop` on `device`."""
+        return (self._backward_s[stop] - self._backward_s[start]) * self._slowness(device)
+
+    def send_s(self, position: Any, link: Link) -> Any:
+        """Seconds to send the boundary at `position` forward over `link`; 0 where it is empty."""
+        return _transfer_s(self._boundary_bytes[position], link)
+
+    def gradient_s(self, position: Any, link: Link) -> Any:
+        """Seconds for the gradient of the boundary at `position` to come back over `link`."""
+        return _transfer_s(self._gradient_bytes[position], link)
+
+    def boundary_bytes(self, position: Any) -> Any:
+        """Bytes sent forward through a cut at `position`; 0 at both ends of the model."""
+        return self._boundary_bytes[position]
+
+    def parameter_bytes(self, start: int, stop: int) -> int:
+        """Bytes of the parameters of layers `start` to `stop`, each counted once."""
+        names = {name for layer in self.profile.layers[start:stop] for name in layer.parameters}
+        return sum(self.profile.parameter_bytes[name] for name in names)
+
+    def parameter_matrix(self, positions: Sequence[int]) -> Array:
+        """`parameter_bytes(positions[i], positions[j])` for all i and j; 0 where i >= j."""
+        size = len(positions)
+        starts_before = np.searchsorted(positions, np.arange(self.num_layers), side="right")
+        matrix = np.zeros((size, size))
+        last_unit: dict[str, int] = {}
+        # A parameter's use in unit u, last used in unit v < u, is new to the stages that start after v.
+        for index, layer in enumerate(self.profile.layers):
+            unit = int(starts_before[index])
+            for name in layer.parameters:
+                matrix[last_unit.get(name, 0) : unit, unit] += self.profile.parameter_bytes[name]
+                last_unit[name] = unit
+        return np.cumsum(matrix, axis=1)
+
+    def memory_bytes(self, start: Any, stop: Any, in_flight: Any, parameter_bytes: Any) -> Any:
+        """Predicted peak memory of a stage.
+
+        Weights, their gradients and the optimizer's copies; buffers; the activations of `in_flight`
+        micro-batches; and one micro-batch each of input, output and their two gradients in transit.
+
+        Args:
+            start, stop: positions of the stage.
+            in_flight: the most micro-batches whose activations the stage holds at once.
+            parameter_bytes: of the stage, as `parameter_bytes(start, stop)` gives them.
+        """
+        weights = parameter_bytes * (2.0 + self.profile.optimizer_copies)
+        buffers = self._buffer_bytes[stop] - self._buffer_bytes[start]
+        activations = in_flight * (self._activation_bytes[stop] - self._activation_bytes[start])
+        received = self._boundary_bytes[start] + self._gradient_bytes[start]
+        sent = self._boundary_bytes[stop] + self._gradient_bytes[stop]
+        return weights + buffers + activations + received + sent
+
+    def _slowness(self, device: Device) -> float:
+        return self.profile.reference_flops_per_s / device.flops_per_s
+
+
+def cost_model(profile: Profile, num_microbatches: int) -> CostModel:
+    """Prepare the costs of every run of layers.
+
+    Args:
+        profile: costs per sample on the reference device.
+        num_microbatches: how many micro-batches one batch is cut into; each has
+            `ceil(batch_size / num_microbatches)` samples.
+
+    Raises:
+        ValueError: `num_microbatches` is less than 1, or a layer names a parameter without a size.
+    """
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches is {num_microbatches}; it must be at least 1")
+    for layer in profile.layers:
+        for name in layer.parameters:
+            if name not in profile.parameter_bytes:
+                raise ValueError(
+                    f"layer {layer.name!r} uses parameter {name!r}, which has no entry in parameter_bytes"
+                )
+    size = math.ceil(profile.batch_size / num_microbatches)
+    layers = profile.layers
+    return CostModel(
+        profile=profile,
+        num_microbatches=num_microbatches,
+        microbatch_size=size,
+        _forward_s=size * _prefix([layer.forward_s for layer in layers]),
+        _backward_s=size * _prefix([layer.backward_s for layer in layers]),
+        _activation_bytes=size * _prefix([layer.activation_bytes for layer in layers]),
+        _buffer_bytes=_prefix([layer.buffer_bytes for layer in layers]),
+        _boundary_bytes=size * _at_cuts([layer.boundary_bytes for layer in layers]),
+        _gradient_bytes=size * _at_cuts([layer.gradient_bytes for layer in layers]),
+    )
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes as people read them.
+
+    Example:
+        >>> format_bytes(4 << 30)
+        '4.0 GiB'
+    """
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _transfer_s(num_bytes: Any, link: Link) -> Any:
+    return (num_bytes > 0) * (link.latency_s + num_bytes / link.bandwidth_bytes_per_s)
+
+
+def _prefix(values: Sequence[float]) -> Array:
+    return np.concatenate(([0.0], np.cumsum(np.asarray(values, dtype=np.float64))))
+
+
+def _at_cuts(values: Sequence[float]) -> Array:
+    """By position: nothing crosses the two ends of the model."""
+    return np.asarray([0.0, *values[:-1], 0.0])

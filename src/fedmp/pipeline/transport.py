@@ -1,0 +1,183 @@
+"""The pipeline plane: point-to-point messages between the devices of one client.
+
+The only module that imports `torch.distributed`. Each client is a process group of its own; its members
+are numbered by generation, so that survivors of a loss can come up again beside the ruins. Every wait
+has a deadline, because a peer that hangs would otherwise block for ever.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from fedmp.errors import DeadlineError, PipelineError
+
+__all__ = [
+    "DistributedTransport",
+    "Pending",
+    "Rendezvous",
+    "Transport",
+    "host_rendezvous",
+    "join_rendezvous",
+]
+
+
+class Pending(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> None:
+        """Block until the transfer is done.
+
+        Raises:
+            DeadlineError: it was not done in time.
+            PipelineError: the peer is gone.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """Messages between the stages of one client; ranks are stage indices."""
+
+    generation: int
+    device: torch.device
+
+    def send(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
+        """Start to send a buffer; it must not change until the transfer is done."""
+        ...
+
+    def receive(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
+        """Start to receive into a buffer of exactly the size that is sent."""
+        ...
+
+
+class Rendezvous:
+    """Where the devices of a client find each other: a store that the first device hosts.
+
+    Args:
+        store: the connected store.
+        port: on which the host listens.
+    """
+
+    def __init__(self, store: dist.TCPStore, port: int) -> None:
+        self.store = store
+        self.port = port
+
+
+def host_rendezvous(host: str, port: int = 0, *, timeout_s: float = 60.0) -> Rendezvous:
+    """Open the store that the other devices will connect to.
+
+    Args:
+        host: address to listen on, on the client's own network.
+        port: 0 picks a free one.
+        timeout_s: longest wait for a key.
+
+    Raises:
+        PipelineError: the address cannot be used.
+    """
+    try:
+        store = dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
+    except RuntimeError as error:
+        raise PipelineError(f"cannot listen for the client's devices on {host}:{port}: {error}") from error
+    return Rendezvous(store, store.port)
+
+
+def join_rendezvous(host: str, port: int, *, timeout_s: float = 60.0) -> Rendezvous:
+    """Connect to the store of the client's first device.
+
+    Raises:
+        PipelineError: it does not answer.
+    """
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise PipelineError(f"the client's first device does not answer on {host}:{port}: {error}") from error
+    return Rendezvous(store, port)
+
+
+class DistributedTransport:
+    """A process group of `torch.distributed`, one process a stage.
+
+    Args:
+        rendezvous: the client's store.
+        rank: this device's stage.
+        world_size: the client's stages.
+        prefix: of this group's keys in the store; holds the generation's secret.
+        generation: counted up each time the group is brought up.
+        device: where the buffers live.
+        backend: "gloo" or "nccl".
+        timeout_s: deadline of one transfer.
+    """
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        *,
+        rank: int,
+        world_size: int,
+        prefix: str,
+        generation: int = 0,
+        device: torch.device | str = "cpu",
+        backend: str = "gloo",
+        timeout_s: float = 60.0,
+    ) -> None:
+        self.generation = generation
+        self.device = torch.device(device)
+        self._timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"{prefix}/{generation}", rendezvous.store),
+            rank=rank,
+            world_size=world_size,
+            timeout=self._timeout,
+        )
+
+    def send(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
+        """Start to send a buffer to a stage."""
+        return self._started(dist.isend, buffer, peer, tag, "send to")
+
+    def receive(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
+        """Start to receive a buffer from a stage."""
+        return self._started(dist.irecv, buffer, peer, tag, "receive from")
+
+    def close(self) -> None:
+        """Leave the group. The devices that remain notice at their next transfer."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _started(self, start: object, buffer: torch.Tensor, peer: int, tag: int, verb: str) -> Pending:
+        try:
+            work = start(buffer, peer, tag=tag)  # type: ignore[operator]
+        except RuntimeError as error:
+            raise PipelineError(f"cannot {verb} stage {peer}: {_first_line(error)}") from error
+        return _Transfer(work, peer, verb, self._timeout)
+
+
+class _Transfer:
+    __slots__ = ("_peer", "_timeout", "_verb", "_work")
+
+    def __init__(self, work: dist.Work, peer: int, verb: str, timeout: timedelta) -> None:
+        self._work = work
+        self._peer = peer
+        self._verb = verb
+        self._timeout = timeout
+
+    def wait(self) -> None:
+        try:
+            self._work.wait(self._timeout)
+        except RuntimeError as error:
+            reason = _first_line(error)
+            if "timed out" in reason.lower() or "timeout" in reason.lower():
+                raise DeadlineError(
+                    f"stage {self._peer} was silent for {self._timeout.total_seconds():g} s "
+                    f"({self._verb} it did not finish)"
+                ) from error
+            raise PipelineError(f"lost stage {self._peer}: {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

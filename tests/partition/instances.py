@@ -1,0 +1,176 @@
+"""Random planning problems, an event simulator and a planner so plain that they need no tests."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+
+from fedmp.records import LayerProfile, Plan, Profile
+from fedmp.schedule import ActionKind, peak_in_flight, schedule_by_name
+from fedmp.topology import Device, Link, Links
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A planning problem."""
+
+    profile: Profile
+    devices: tuple[Device, ...]
+    links: Links
+    num_microbatches: int
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of all plans; infinite if there is none."""
+
+    step_s: float
+    schedule: str = ""
+    cuts: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+def random_instance(
+    seed: int,
+    *,
+    num_layers: tuple[int, int] = (2, 8),
+    num_devices: tuple[int, int] = (1, 4),
+    num_microbatches: tuple[int, ...] = (1, 2, 3, 5, 8),
+    spread: float = 10.0,
+    can_bind: bool = True,
+) -> Instance:
+    """Unequal layers, devices and links; some devices alike, some parameters tied, some cuts forbidden.
+
+    With `can_bind`, half of the problems have devices that hold only part of the model, and a few are
+    infeasible.
+    """
+    rng = random.Random(seed)
+    layers = rng.randint(*num_layers)
+    count = rng.randint(*num_devices)
+    sizes = {f"p{index}": rng.randint(1, 40) * 1000 for index in range(layers)}
+    tied = [rng.randrange(layers) if rng.random() < 0.15 else index for index in range(layers)]
+    profile = Profile(
+        layers=tuple(
+            LayerProfile(
+                name=f"layer{index}",
+                forward_s=rng.uniform(0.1, 2.0) * 1e-3,
+                backward_s=rng.uniform(0.1, 4.0) * 1e-3,
+                parameters=tuple(sorted({f"p{index}", f"p{tied[index]}"})),
+                buffer_bytes=rng.randint(0, 3) * 100,
+                activation_bytes=float(rng.randint(0, 60) * 100),
+                boundary_bytes=float(rng.randint(0, 60) * 100),
+                gradient_bytes=float(rng.randint(0, 60) * 100),
+                can_cut_after=rng.random() < 0.9,
+            )
+            for index in range(layers)
+        ),
+        parameter_bytes=sizes,
+        reference_flops_per_s=1e11,
+        batch_size=rng.choice([4, 8, 10]),
+        optimizer_copies=rng.choice([0.0, 1.0, 2.0]),
+    )
+    whole = (2 + profile.optimizer_copies) * sum(sizes.values())
+    kinds = [
+        (
+            1e11 * math.exp(rng.uniform(0, math.log(spread))),
+            int(whole * rng.uniform(0.25, 1.4)) + rng.randint(1, 99)
+            if can_bind and seed % 2
+            else 1 << 40,
+        )
+        for _ in range(rng.randint(1, count))
+    ]
+    chosen = [rng.choice(kinds) for _ in range(count)]
+    devices = tuple(Device(f"d{index}", *kind) for index, kind in enumerate(chosen))
+    pairs = {
+        f"{a.name},{b.name}": Link(rng.choice([1e7, 1e8, 1e9]), rng.choice([0.0, 1e-4]))
+        for a, b in itertools.combinations(devices, 2)
+        if rng.random() < 0.5
+    }
+    links = Links(default=Link(1e8, 1e-4), pairs=pairs if rng.random() < 0.7 else {})
+    return Instance(profile, devices, links, rng.choice(num_microbatches))
+
+
+def brute_force(instance: Instance, schedules: tuple[str, ...]) -> Best:
+    """Try every cut, every choice and order of devices, and every schedule."""
+    layers = instance.profile.layers
+    places = [index + 1 for index in range(len(layers) - 1) if layers[index].can_cut_after]
+    best = Best(math.inf)
+    for num_stages in range(1, min(len(instance.devices), len(places) + 1) + 1):
+        for cuts in itertools.combinations(places, num_stages - 1):
+            for order in itertools.permutations(instance.devices, num_stages):
+                for schedule in schedules:
+                    seconds = plain_step_s(instance, cuts, order, schedule)
+                    if seconds < best.step_s:
+                        best = Best(seconds, schedule, cuts, tuple(device.name for device in order))
+    return best
+
+
+def plain_step_s(
+    instance: Instance, cuts: tuple[int, ...], devices: tuple[Device, ...], schedule: str
+) -> float:
+    """Predicted seconds of one step, straight from the definitions; infinite if a stage does not fit."""
+    profile = instance.profile
+    size = math.ceil(profile.batch_size / instance.num_microbatches)
+    edges = [0, *cuts, len(profile.layers)]
+    actions = schedule_by_name(schedule).actions(len(devices), instance.num_microbatches)
+    forward, backward, send, gradient = [], [], [], []
+    for stage, device in enumerate(devices):
+        start, stop = edges[stage], edges[stage + 1]
+        inside = profile.layers[start:stop]
+        slowness = profile.reference_flops_per_s / device.flops_per_s
+        forward.append(size * sum(layer.forward_s for layer in inside) * slowness)
+        backward.append(size * sum(layer.backward_s for layer in inside) * slowness)
+        names = {name for layer in inside for name in layer.parameters}
+        weights = sum(profile.parameter_bytes[name] for name in names)
+        ends = [profile.layers[index - 1] for index in (start, stop) if 0 < index < len(profile.layers)]
+        memory = (
+            weights * (2 + profile.optimizer_copies)
+            + sum(layer.buffer_bytes for layer in inside)
+            + peak_in_flight(actions[stage]) * size * sum(layer.activation_bytes for layer in inside)
+            + size * sum(layer.boundary_bytes + layer.gradient_bytes for layer in ends)
+        )
+        if memory > device.memory_bytes:
+            return math.inf
+        if stop < len(profile.layers):
+            link = instance.links.between(device.name, devices[stage + 1].name)
+            send.append(link.transfer_s(size * profile.layers[stop - 1].boundary_bytes))
+            gradient.append(link.transfer_s(size * profile.layers[stop - 1].gradient_bytes))
+    return plain_simulation(forward, backward, send, gradient, actions)
+
+
+def plain_simulation(forward, backward, send, gradient, actions) -> float:  # type: ignore[no-untyped-def]
+    """Let time pass: at every event, start whatever may start."""
+    num_stages = len(forward)
+    at = [0] * num_stages
+    busy_until = [0.0] * num_stages
+    arrived: dict[tuple[int, ActionKind, int], float] = {}
+    links: dict[tuple[int, int], float] = {}
+    while any(at[stage] < len(actions[stage]) for stage in range(num_stages)):
+        startable = []
+        for stage in range(num_stages):
+            if at[stage] == len(actions[stage]):
+                continue
+            kind, index = actions[stage][at[stage]]
+            source = stage == 0 if kind is ActionKind.FORWARD else stage == num_stages - 1
+            ready = 0.0 if source else arrived.get((stage, kind, index))
+            if ready is not None:
+                startable.append((max(ready, busy_until[stage]), stage))
+        start, stage = min(startable)
+        kind, index = actions[stage][at[stage]]
+        at[stage] += 1
+        stop = start + (forward if kind is ActionKind.FORWARD else backward)[stage]
+        busy_until[stage] = stop
+        to = stage + 1 if kind is ActionKind.FORWARD else stage - 1
+        if 0 <= to < num_stages:
+            took = send[stage] if kind is ActionKind.FORWARD else gradient[to]
+            leaves = max(stop, links.get((stage, to), 0.0))
+            links[stage, to] = leaves + took
+            arrived[to, kind, index] = leaves + took
+    return max(busy_until)
+
+
+def order_of(plan: Plan) -> tuple[str, ...]:
+    """The plan's devices, in order."""
+    return tuple(stage.device for stage in plan.stages)
