@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedmp.aggregate import Aggregator, WeightedMean
-from fedmp.data import ArrayData, DataSource, IID, Split
+from fedmp.data import IID, ArrayData, DataSource, Split
 from fedmp.errors import ConfigError
 from fedmp.partition import Partitioner
 from fedmp.records import Observer, Plan, RoundRecord, Summary
@@ -68,7 +68,6 @@ class Job:
         seed: of every random choice.
         federated_evaluation: evaluate each round's starting model on the clients' own data.
         centralized: train centrally as well, to compare; None does not.
-        optimizer_copies: optimizer state in units of the parameters' size, for memory predictions.
 
     Example:
         >>> job = Job(model=model, topology=topology, data=(x, y, x_test, y_test))  # doctest: +SKIP
@@ -92,13 +91,22 @@ class Job:
     seed: int = 0
     federated_evaluation: bool = False
     centralized: Centralized | None = None
-    optimizer_copies: float = 1.0
     title: str = "fedmp"
 
     def __post_init__(self) -> None:
         for name in ("rounds", "batch_size", "num_microbatches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def optimizer_copies(self) -> float:
+        """State that the client optimizer keeps, in units of the parameters' size."""
+        parameter = nn.Parameter(torch.zeros(64))
+        parameter.grad = torch.ones(64)
+        optimizer = self.optimizer([parameter])
+        optimizer.step()
+        state = optimizer.state.get(parameter, {}).values()
+        held = sum(value.numel() for value in state if isinstance(value, torch.Tensor) and value.dim() > 0)
+        return held / parameter.numel()
 
     def source(self) -> DataSource:
         """The data source, whichever way the data were given."""

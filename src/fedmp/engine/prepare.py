@@ -157,7 +157,7 @@ def _plan(job: Job, graph: LayerGraph, client: Client) -> Plan:
         num_microbatches=job.num_microbatches,
         schedule=job.schedule.name,
         batch_size=job.batch_size,
-        optimizer_copies=job.optimizer_copies,
+        optimizer_copies=job.optimizer_copies(),
     )
 
 

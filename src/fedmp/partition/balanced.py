@@ -58,11 +58,8 @@ class Balanced(Component):
         check_devices(devices)
         costs = cost_model(profile, num_microbatches)
         num_units = len(costs.positions()) - 1
-        lattice = (
-            fixed_order(len(devices))
-            if self.schedule == "gpipe"
-            else fixed_order_counted(len(devices), num_units)
-        )
+        places = range(len(devices))
+        lattice = fixed_order(places) if self.schedule == "gpipe" else fixed_order_counted(places, num_units)
         for positions in coarse_positions(costs, max_cells=_MAX_CELLS, num_states=lattice.num_states):
             problem = make_problem(costs, devices, links, positions=positions, merge_devices=False)
             found = search(Space(problem, lattice, self.schedule), max_expansions=self.max_expansions)

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from fedmp.partition.estimate import Array
-from fedmp.partition.events import gpipe_step_s
+from fedmp.partition.events import StageTimes, gpipe_step_s
 from fedmp.partition.space import Choice, Found, Space
 from fedmp.partition.sweep import Caps, least_totals
 
 __all__ = ["search_gpipe"]
+
+_LADDER = (1.05, 1.15, 1.3, 1.5, 1.8, 2.3, 3.0, 4.5, 7.0)
 
 
 class _Box(NamedTuple):
@@ -45,32 +47,68 @@ def search_gpipe(space: Space, *, max_sweeps: int, limit_s: float = np.inf) -> F
         max_sweeps: dynamic programs at most; the bound says how much was left to prove.
         limit_s: only choices faster than this are wanted.
     """
-    choice, best_s, sweeps = None, limit_s, 0
-    serial = itertools.count()
-    boxes = [_Box(0.0, next(serial), _least_possible(space), (np.inf, np.inf), 0.0, False)]
-    while boxes and boxes[0].bound_s < best_s and sweeps < max_sweeps:
-        box = heapq.heappop(boxes)
+    search = _Search(space, limit_s)
+    low = _least_possible(space)
+    if np.isinf(limit_s):
+        search.climb(low, max_sweeps // 2)
+    boxes = [_Box(0.0, 0, low, (np.inf, np.inf), 0.0, False)]
+    while boxes and boxes[0].bound_s < search.best_s and search.num_sweeps < max_sweeps:
+        for part in search.divide(heapq.heappop(boxes)):
+            heapq.heappush(boxes, part)
+    bound_s = min(search.best_s, boxes[0].bound_s) if boxes else search.best_s
+    return Found(search.choice, space.schedule, search.best_s if search.choice else np.inf, bound_s)
+
+
+class _Search:
+    """The best choice so far, and how a box is made smaller."""
+
+    def __init__(self, space: Space, limit_s: float) -> None:
+        self.space = space
+        self.others = space.num_microbatches - 1
+        self.choice: Choice | None = None
+        self.best_s = limit_s
+        self.num_sweeps = 0
+        self.serial = itertools.count(1)
+
+    def climb(self, low: tuple[float, float], max_sweeps: int) -> None:
+        """Try caps from the least possible ones up, for a good choice to begin with."""
+        for times in _LADDER[:max_sweeps]:
+            self.solve((low[0] * times, low[1] * times))
+
+    def solve(self, high: tuple[float, float]) -> StageTimes[float] | None:
+        """The choice with the least sum among those that stay below `high`; note it if it is the best."""
+        self.num_sweeps += 1
+        choice = _least_total_choice(self.space, Caps(*(float(np.nextafter(cap, 0.0)) for cap in high)))
+        if choice is None:
+            return None
+        times = self.space.times(choice)
+        seconds = gpipe_step_s(times, self.space.num_microbatches)
+        if seconds < self.best_s:
+            self.choice, self.best_s = choice, seconds
+        return times
+
+    def divide(self, box: _Box) -> list[_Box]:
+        """What of a box may hold something better, in parts."""
+        box = self._clip(box)
         if box.solved:
-            children = _halves(box)
+            parts = _halves(box)
         else:
-            sweeps += 1
-            caps = Caps(*(float(np.nextafter(high, 0.0)) for high in box.high))
-            found = _least_total_choice(space, caps)
-            if found is None:
-                continue
-            times = space.times(found)
-            seconds = gpipe_step_s(times, space.num_microbatches)
-            if seconds < best_s:
-                choice, best_s = found, seconds
-            slowest = max([*times.forward_s, *times.send_s]), max([*times.backward_s, *times.gradient_s])
-            total_s = seconds - (space.num_microbatches - 1) * sum(slowest)
-            children = _below(box, slowest, total_s)
-        for child in children:
-            bound_s = child.total_s + (space.num_microbatches - 1) * sum(child.low)
-            if max(bound_s, box.bound_s) < best_s:
-                heapq.heappush(boxes, child._replace(bound_s=max(bound_s, box.bound_s), serial=next(serial)))
-    bound_s = min(best_s, boxes[0].bound_s) if boxes else best_s
-    return Found(choice, space.schedule, best_s if choice else np.inf, bound_s)
+            times = self.solve(box.high)
+            parts = _below(box, times) if times else []
+        bounded = [part._replace(bound_s=max(box.bound_s, self._bound_s(part))) for part in parts]
+        return [part._replace(serial=next(self.serial)) for part in bounded if part.bound_s < self.best_s]
+
+    def _clip(self, box: _Box) -> _Box:
+        """Leave out what is slower than the best choice by its caps alone."""
+        if self.others == 0 or np.isinf(self.best_s):
+            return box
+        slack = (self.best_s - box.total_s) / self.others
+        forward = max(box.low[0], min(box.high[0], slack - box.low[1]))
+        backward = max(box.low[1], min(box.high[1], slack - box.low[0]))
+        return box._replace(high=(forward, backward))
+
+    def _bound_s(self, box: _Box) -> float:
+        return box.total_s + self.others * (box.low[0] + box.low[1])
 
 
 def _least_possible(space: Space) -> tuple[float, float]:
@@ -89,18 +127,17 @@ def _least_possible(space: Space) -> tuple[float, float]:
     return (1 - 1e-9) / forward, (1 - 1e-9) / backward
 
 
-def _below(box: _Box, slowest: tuple[float, float], total_s: float) -> list[_Box]:
+def _below(box: _Box, times: StageTimes[float]) -> list[_Box]:
     """What is left of a box once its upper corner is solved.
 
     The solution beats every choice that is nowhere faster than its slowest stages, since its sum is the
     least of all.
     """
-    (low_f, low_b), (high_f, high_b) = box.low, box.high
+    forward, backward = [*times.forward_s, *times.send_s], [*times.backward_s, *times.gradient_s]
+    box = box._replace(total_s=sum(forward) + sum(backward), solved=True)
     left = [
-        box._replace(high=(slowest[0], high_b), total_s=total_s, solved=True),
-        box._replace(
-            low=(max(low_f, slowest[0]), low_b), high=(high_f, slowest[1]), total_s=total_s, solved=True
-        ),
+        box._replace(high=(max(forward), box.high[1])),
+        box._replace(low=(max(box.low[0], max(forward)), box.low[1]), high=(box.high[0], max(backward))),
     ]
     return [part for part in left if part.low[0] < part.high[0] and part.low[1] < part.high[1]]
 

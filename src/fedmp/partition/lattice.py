@@ -87,33 +87,41 @@ def count_any_order(counts: Sequence[int]) -> int:
     return sum(multisets * count // (count + 1) for count in counts)
 
 
-def fixed_order(num_devices: int) -> Lattice:
-    """Every choice of devices in the order given, each a kind of its own, without counting stages.
+def fixed_order(kinds: Sequence[int]) -> Lattice:
+    """Every choice of devices in the order given, without counting stages.
 
     Enough where a stage's memory does not depend on the number of stages behind it, as in GPipe.
+
+    Args:
+        kinds: of each device, in order.
     """
     return make_lattice(
-        range(num_devices - 1, -1, -1),
-        kind=lambda device: device,
+        range(len(kinds) - 1, -1, -1),
+        kind=lambda device: kinds[device],
         behind=lambda device: 0,
-        followers=lambda device: range(device + 1, num_devices),
+        followers=lambda device: range(device + 1, len(kinds)),
         may_end=lambda device: True,
         group=lambda device: device,
     )
 
 
-def fixed_order_counted(num_devices: int, max_stages: int) -> Lattice:
-    """Every choice of devices in the order given, each a kind of its own, by number of stages."""
+def fixed_order_counted(kinds: Sequence[int], max_stages: int) -> Lattice:
+    """Every choice of devices in the order given, by number of stages.
+
+    Args:
+        kinds: of each device, in order.
+        max_stages: stages of a plan at most.
+    """
     keys = [
         (behind, device)
-        for behind in range(1, min(num_devices, max_stages) + 1)
-        for device in range(num_devices - behind + 1)
+        for behind in range(1, min(len(kinds), max_stages) + 1)
+        for device in range(len(kinds) - behind + 1)
     ]
     return make_lattice(
         keys,
-        kind=lambda key: key[1],
+        kind=lambda key: kinds[key[1]],
         behind=lambda key: key[0],
-        followers=lambda key: [(key[0] - 1, next_) for next_ in range(key[1] + 1, num_devices)],
+        followers=lambda key: [(key[0] - 1, later) for later in range(key[1] + 1, len(kinds))],
     )
 
 

@@ -68,7 +68,9 @@ def least_extra_bytes(
     if num_states * (problem.num_units + 1) ** 2 > _MAX_CELLS:
         return None
     max_stages = problem.num_units
-    lattice = fixed_order_counted(len(devices), max_stages) if in_order else any_order(counts, max_stages)
+    lattice = (
+        fixed_order_counted(range(len(devices)), max_stages) if in_order else any_order(counts, max_stages)
+    )
     wanted = [kind for kind, members in enumerate(problem.kinds) if target in members]
     return _least_excess(Space(problem, lattice, schedule), wanted[0] if wanted else None)
 

@@ -1,0 +1,10 @@
+"""`python -m fedmp`: the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from fedmp.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

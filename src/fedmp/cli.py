@@ -1,0 +1,235 @@
+"""The command line: `fedmp`, `fedmp run`, `fedmp simulate`, `fedmp plan`.
+
+Overrides are Hydra's. What goes wrong is one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedmp.config import RunConfig
+
+__all__ = ["main"]
+
+_HELP = """\
+fedmp: federated model-parallel training
+
+usage:
+  fedmp                          the quickstart: same as `fedmp run`
+  fedmp run      [OVERRIDES]     train; by default coordinator and devices as real processes
+  fedmp simulate [OVERRIDES]     train in one process: short for `fedmp run engine=simulate`
+  fedmp plan     [OVERRIDES]     show how the model would be cut over each client's devices
+                 --json          ... as JSON
+  fedmp --version | --help
+
+overrides (Hydra):
+  GROUP=CHOICE                   pick a choice of a group, e.g. topology=uneven model=vit
+  GROUP.FIELD=VALUE              set a field, e.g. optimizer.lr=0.1 strategy.local_epochs=2
+  KEY=VALUE                      e.g. rounds=5 batch_size=64 seed=1 run_dir=out/try1
+  resume=DIR                     go on with the run in DIR
+  centralized=null               without centralized training to compare with
+  --multirun A=1,2 B=x,y         run every combination
+  --config-dir DIR               your own groups and choices, beside the built-in ones
+  --cfg job                      print the composed config and stop
+
+groups and choices:
+{groups}
+
+example:
+  fedmp run topology=uneven partitioner=exact rounds=5 run_dir=out/uneven
+"""
+
+_VALUE_FLAGS = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None for the process's own.
+
+    Returns:
+        The exit code: 0, 2 for anything that the user can mend, 130 after an interrupt.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], None]] = {"run": _run, "simulate": _simulate, "plan": _plan}
+    if "--version" in arguments:
+        from fedmp import __version__
+
+        print(f"fedmp {__version__}")
+        return 0
+    if "--help" in arguments or "-h" in arguments or arguments[:1] == ["help"]:
+        print(_HELP.format(groups=_describe_groups(arguments)))
+        return 0
+    command = "run"
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        command = arguments.pop(0)
+    if command not in commands:
+        return _fail(f"there is no command {command!r}; there are {', '.join(commands)}, and `fedmp --help`")
+    sys.path.insert(0, os.getcwd())  # a config may name the user's own modules
+    try:
+        commands[command](arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted; committed rounds are kept, go on with resume=DIR", code=130)
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        return _fail(message)
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    _compose(arguments, _run_config)
+
+
+def _simulate(arguments: list[str]) -> None:
+    _compose(["engine=simulate", *arguments], _run_config)
+
+
+def _plan(arguments: list[str]) -> None:
+    as_json = "--json" in arguments
+    _compose([argument for argument in arguments if argument != "--json"], lambda c: _show_plan(c, as_json))
+
+
+def _run_config(config: RunConfig) -> None:
+    from fedmp.report import make_view
+
+    with make_view(quiet=config.quiet) as view:
+        config.job().run(
+            config.make_engine(),
+            run_dir=config.resume or config.run_dir,
+            resume=config.resume is not None,
+            observe=view,
+            config=config.model_dump(mode="json"),
+        )
+
+
+def _show_plan(config: RunConfig, as_json: bool) -> None:
+    from fedmp.engine.prepare import prepare
+
+    prepared = prepare(config.job())
+    if as_json:
+        plain = {name: plan.model_dump(mode="json") for name, plan in prepared.plans.items()}
+        print(json.dumps(plain, indent=2))
+        return
+    from rich.console import Console
+
+    from fedmp.report import RunDirectory, plans_panel
+
+    Console().print(plans_panel(prepared.plans))
+    directory = RunDirectory.create(config.run_dir or "runs/plan")
+    directory.write_plans(prepared.plans)
+    for path in directory.write_pictures(plans=prepared.plans, clients=(), records=()):
+        print(f"picture: {path}")
+
+
+def _compose(arguments: list[str], task: Callable[[RunConfig], None]) -> None:
+    """Let Hydra compose the config of each job and run the task on it."""
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error can be put into one line here
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    from fedmp.config import config_dir, load_config
+
+    failed: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+    def app(composed: DictConfig) -> None:
+        if not failed:
+            try:
+                one_job(load_config(composed))
+            except Exception as error:  # Hydra would print its own account of it first
+                failed.append(error)
+
+    def one_job(config: RunConfig) -> None:
+        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN and config.run_dir is None:
+            hydra_config = HydraConfig.get()
+            folder = Path(hydra_config.sweep.dir) / str(hydra_config.job.num)
+            print(f"[{hydra_config.job.num}] {' '.join(hydra_config.overrides.task)}", flush=True)
+            config = config.model_copy(update={"run_dir": folder})
+        task(config)
+
+    kept = sys.argv
+    sys.argv = ["fedmp", *_free_overrides(arguments)]
+    try:
+        app()
+    finally:
+        sys.argv = kept
+    if failed:
+        raise failed[0]
+
+
+def _free_overrides(arguments: Sequence[str]) -> list[str]:
+    """Let `group.field=value` set fields that no file names: Hydra wants `++` before those.
+
+    Whether the field exists is then checked by the component itself, which knows.
+    """
+    groups = set(_groups(arguments))
+    freed = []
+    for index, argument in enumerate(arguments):
+        match = re.match(r"([A-Za-z_][\w.]*)=", argument)
+        is_value = index > 0 and arguments[index - 1] in _VALUE_FLAGS
+        if match and not is_value and match[1] not in groups and not match[1].startswith("hydra"):
+            argument = f"++{argument}"
+        freed.append(argument)
+    return freed
+
+
+def _groups(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """The choices of each group, of the built-in configs and the user's own."""
+    here = Path(__file__).resolve().parent
+    built_in = here / "configs" if (here / "configs").is_dir() else here.parents[1] / "configs"
+    folders = [built_in]
+    for index, argument in enumerate(arguments):
+        if argument in ("--config-dir", "-cd") and index + 1 < len(arguments):
+            folders.append(Path(arguments[index + 1]))
+        elif argument.startswith("--config-dir="):
+            folders.append(Path(argument.partition("=")[2]))
+    groups: dict[str, list[str]] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*/*.yaml")):
+            groups.setdefault(path.parent.name, []).append(path.stem)
+    return groups
+
+
+def _describe_groups(arguments: Sequence[str]) -> str:
+    groups = _groups(arguments)
+    width = max(map(len, groups), default=0)
+    return "\n".join(f"  {name:<{width}}  {', '.join(choices)}" for name, choices in sorted(groups.items()))
+
+
+def _message(error: BaseException) -> str | None:
+    """What to tell the user of an error; None for one that is ours."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fedmp.errors import FedmpError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, FedmpError):
+            return str(seen)
+        seen = seen.__cause__
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"group {group} has no choice {choice!r}; there are {', '.join(error.options)}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return " ".join(str(error).split())
+    return None
+
+
+def _fail(message: str, *, code: int = 2) -> int:
+    print(f"fedmp: error: {message}", file=sys.stderr)
+    return code
+

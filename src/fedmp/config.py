@@ -1,0 +1,221 @@
+"""From Hydra's composed YAML to a validated `RunConfig`, and from there to a `Job`.
+
+YAML names choices; every default and every check of a hyper-parameter lives in the component that uses
+it. The only other module that knows Hydra is the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from fedmp.engine import Centralized, Engine, Job
+from fedmp.errors import ConfigError, FedmpError
+from fedmp.topology import Topology
+
+__all__ = ["CentralizedConfig", "RunConfig", "config_dir", "load_config"]
+
+_COMPONENTS = (
+    "model", "data", "split", "task", "partitioner", "schedule", "strategy", "aggregator", "optimizer", "engine"
+)  # fmt: skip
+
+
+class CentralizedConfig(BaseModel):
+    """Centralized training to compare with.
+
+    Attributes:
+        optimizer: `_target_` and arguments of its optimizer.
+        epochs: passes over the pooled data; null for as many samples as the federation processes.
+        batch_size: null for the clients' batch size.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimizer: dict[str, Any]
+    epochs: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+
+
+class RunConfig(BaseModel):
+    """A run as the command line describes it; written to `config.json`.
+
+    The fields of the groups hold a `_target_`, the dotted path of a class, and its arguments.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    split: dict[str, Any]
+    topology: Topology
+    task: dict[str, Any]
+    partitioner: dict[str, Any]
+    schedule: dict[str, Any]
+    strategy: dict[str, Any]
+    aggregator: dict[str, Any]
+    optimizer: dict[str, Any]
+    engine: dict[str, Any]
+    title: str = "fedmp"
+    rounds: PositiveInt
+    batch_size: PositiveInt
+    num_microbatches: PositiveInt
+    seed: int = Field(ge=0)
+    server_optimizer: dict[str, Any] | None = None
+    federated_evaluation: bool = False
+    centralized: CentralizedConfig | None = None
+    run_dir: Path | None = None
+    resume: Path | None = None
+    quiet: bool = False
+
+    def job(self) -> Job:
+        """The job that this config describes.
+
+        Raises:
+            ConfigError: a `_target_` or one of its fields is wrong.
+        """
+        central = self.centralized
+        return Job(
+            model=_factory("model", self.model),
+            topology=self.topology,
+            data=_component("data", self.data),
+            split=_component("split", self.split),
+            task=_component("task", self.task),
+            strategy=_component("strategy", self.strategy),
+            aggregator=_component("aggregator", self.aggregator),
+            optimizer=_factory("optimizer", self.optimizer),
+            server_optimizer=(
+                _factory("server_optimizer", self.server_optimizer) if self.server_optimizer else None
+            ),
+            partitioner=_component("partitioner", self.partitioner),
+            schedule=_component("schedule", self.schedule),
+            rounds=self.rounds,
+            batch_size=self.batch_size,
+            num_microbatches=self.num_microbatches,
+            seed=self.seed,
+            federated_evaluation=self.federated_evaluation,
+            centralized=central
+            and Centralized(
+                optimizer=_factory("centralized.optimizer", central.optimizer),
+                epochs=central.epochs,
+                batch_size=central.batch_size,
+            ),
+            title=self.title,
+        )
+
+    def make_engine(self) -> Engine:
+        """The engine that this config names.
+
+        Raises:
+            ConfigError: its `_target_` or one of its fields is wrong.
+        """
+        return _component("engine", self.engine)  # type: ignore[no-any-return]
+
+
+def config_dir() -> Path:
+    """The folder of configs that came with fedmp: beside the package's modules, or of the checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "configs"
+    return installed if installed.is_dir() else here.parents[1] / "configs"
+
+
+def load_config(composed: DictConfig) -> RunConfig:
+    """Validate a composed config.
+
+    Raises:
+        ConfigError: a key is unknown, missing, or has a wrong value.
+    """
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    try:
+        return RunConfig.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError(_explain("", error, list(RunConfig.model_fields))) from error
+
+
+def _component(name: str, fields: dict[str, Any]) -> Any:
+    """Make the object that a group describes."""
+    target = _target(name, fields)
+    try:
+        return instantiate(fields, _convert_="all")
+    except InstantiationException as error:
+        raise _as_config_error(name, target, error.__cause__ or error) from error
+
+
+def _factory(name: str, fields: dict[str, Any]) -> Callable[..., Any]:
+    """A function that makes the object that a group describes, perhaps with arguments in front."""
+    target = _target(name, fields)
+    arguments = {key: value for key, value in fields.items() if not key.startswith("_")}
+    made: dict[str, Any] = instantiate(arguments, _convert_="all") if arguments else {}
+    return _Named(name, partial(_locate(name, target), **made))
+
+
+class _Named:
+    """A factory whose errors name the config group it came from. Picklable."""
+
+    def __init__(self, name: str, factory: partial[Any]) -> None:
+        self._name = name
+        self._factory = factory
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self._factory(*args)
+        except (TypeError, ValueError) as error:
+            target = f"{self._factory.func.__module__}.{self._factory.func.__qualname__}"
+            raise _as_config_error(self._name, target, error) from error
+
+
+def _target(name: str, fields: dict[str, Any]) -> str:
+    target = fields.get("_target_")
+    if not isinstance(target, str):
+        raise ConfigError(f"{name} needs a _target_, the dotted path of a class, but has {sorted(fields)}")
+    return target
+
+
+def _locate(name: str, target: str) -> Callable[..., Any]:
+    try:
+        found = get_class(target)
+    except ValueError:
+        try:
+            found = get_method(target)
+        except Exception as error:
+            raise _as_config_error(name, target, error) from error
+    except Exception as error:
+        raise _as_config_error(name, target, error) from error
+    return found
+
+
+def _as_config_error(name: str, target: str, error: BaseException) -> FedmpError:
+    if isinstance(error, FedmpError):
+        return error
+    if isinstance(error, ValidationError):
+        fields = list(getattr(_locate(name, target), "model_fields", {}))
+        return ConfigError(_explain(f"{name}.", error, fields))
+    text = " ".join(str(error).split())
+    return ConfigError(f"{name} ({target}): {text[:400]}")
+
+
+def _explain(prefix: str, error: ValidationError, known: list[str]) -> str:
+    """The first of pydantic's complaints, in one line, with the value and what would be right."""
+    first = error.errors()[0]
+    where = prefix + ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        near = difflib.get_close_matches(name, known, 1) if len(first["loc"]) == 1 else []
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"unknown key {where}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{where} is missing: {message}"
+    if isinstance(first["input"], dict | list):
+        return f"{where or 'config'}: {message}" if where else message
+    return f"{where} is {first['input']!r}: {message}"
+
+
