@@ -1,6 +1,6 @@
 """Choose the quickstart's two learning rates equally carefully: the same grid for both sides.
 
-    python benchmarks/quickstart_tuning.py [--rounds 8] [--seeds 0 1 2]
+    python benchmarks/quickstart_tuning.py [--rounds 12] [--seeds 0 1 2]
 
 For each learning rate, trains the federation (simulated: the same arithmetic as the real one) and the
 centralized rival, with the same model, data, batch size, momentum and number of samples processed.
@@ -20,19 +20,19 @@ import torch
 
 import fedmp
 from fedmp.data import Dirichlet, FashionMNISTExcerpt
-from fedmp.models import ResidualCNN
+from fedmp.models import CNN
 from fedmp.strategy import FedAvg
 
-RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
+RATES = (0.01, 0.02, 0.05, 0.1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-microbatches", type=int, default=2)
+    parser.add_argument("--num-microbatches", type=int, default=1)
     options = parser.parse_args()
     rows = [measure(options, rate) for rate in options.rates]
     for side in ("federated", "centralized"):
@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace, rate: float) -> dict[str, object]:
     for seed in options.seeds:
         sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9)
         job = fedmp.Job(
-            model=ResidualCNN,
+            model=CNN,
             topology=fedmp.Topology(clients={"count": 3, "devices": 2}),
             data=FashionMNISTExcerpt(),
             split=Dirichlet(alpha=0.5),

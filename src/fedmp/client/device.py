@@ -13,7 +13,7 @@ import torch
 from fedmp.client.federation import Federation, HttpFederation
 from fedmp.client.training import LocalWork, StageTrainer, throttled
 from fedmp.data import Dataset
-from fedmp.errors import DeadlineError, FederationError, FedmpError
+from fedmp.errors import DeadlineError, FederationError, FedmpError, RefusedError
 from fedmp.pipeline import (
     BatchResult,
     DistributedTransport,
@@ -30,6 +30,7 @@ __all__ = ["DeviceSpec", "run_device"]
 
 _TIMELINE_STEP = 1
 _PROGRESS_S = 0.5
+_ROUND_IS_OVER = 409
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,12 @@ class _Device:
             ),
         )
         self._timeline = []
-        self._federation.push(round, update, report)
+        try:
+            self._federation.push(round, update, report)
+        except RefusedError as error:
+            if error.status != _ROUND_IS_OVER:
+                raise
+            # an acknowledgement got lost and the round has closed since: its update was in
 
     def _pull(self, round: int) -> dict[str, torch.Tensor]:
         """Load the round's global stage; buffers that are kept local stay after the first round."""

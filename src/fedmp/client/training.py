@@ -93,7 +93,7 @@ class StageTrainer:
             Sums over the round; known on the last stage alone.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite, or the weights are not in the end.
             PipelineError: another device of the client is gone.
         """
         parameters = [p for p in self._runner.stage.parameters() if p.requires_grad]
@@ -111,6 +111,7 @@ class StageTrainer:
             samples_done += len(indices)
             total = total + result
             on_step(step, samples_done, total)
+        self._check_weights(round)
         return total
 
     def evaluate(self, *, round: int) -> BatchResult:
@@ -154,6 +155,16 @@ class StageTrainer:
                 f"{self._runner.stage.blueprint.index}, round {round}, step {step}; lower the learning rate "
                 f"(optimizer.lr) or check the client's data"
             )
+
+    def _check_weights(self, round: int) -> None:
+        """The last step's update is seen by no loss of this round."""
+        stage = self._runner.stage
+        for name, tensor in stage.owned_state().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise TrainingError(
+                    f"{name} is not finite any more at client {self._client}, stage {stage.blueprint.index}, "
+                    f"after round {round}; lower the learning rate (optimizer.lr) or check the client's data"
+                )
 
 
 def throttled(call: Callable[[], None], interval_s: float) -> Callable[[], None]:

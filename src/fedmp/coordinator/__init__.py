@@ -7,7 +7,7 @@ from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.journal import Journal
 from fedmp.coordinator.rounds import RoundSettings, run_rounds
-from fedmp.coordinator.service import CoordinatorService
+from fedmp.coordinator.service import CoordinatorService, check_address
 
 __all__ = [
     "Board",
@@ -18,5 +18,6 @@ __all__ = [
     "Journal",
     "Member",
     "RoundSettings",
+    "check_address",
     "run_rounds",
 ]

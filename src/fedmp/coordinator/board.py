@@ -24,6 +24,9 @@ from fedmp.records import Address, FailureReport, Instruction, ProgressReport
 
 __all__ = ["Board", "Member"]
 
+# a device that lost a peer says so at once; what happened to the peer is known a moment later
+_CAUSE_S = 2.0
+
 _KINDS: dict[str, type[FedmpError]] = {
     kind.__name__: kind for kind in (DataError, DeadlineError, FrameError, PipelineError, TrainingError)
 }
@@ -67,6 +70,7 @@ class Board:
         self._reported: set[tuple[str, int]] = set()
         self._addresses: dict[str, Address] = {}
         self._failure: FailureReport | None = None
+        self._failed_s = 0.0
         self._listeners: list[Callable[[], None]] = []
         self._progress: dict[str, ProgressReport] = {}
         self._last_heard_s: dict[str, float] = {}
@@ -108,7 +112,7 @@ class Board:
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             while True:
-                if self._failure is not None:
+                if self._failure is not None and self._is_explained(self._failure):
                     raise _KINDS.get(self._failure.kind, RoundError)(self._failure.message)
                 if not self._missing():
                     return True
@@ -124,6 +128,11 @@ class Board:
             for client, stage in sorted(self._missing()):
                 missing.setdefault(client, []).append(stage)
             return missing
+
+    def pushed_by(self, client: str) -> list[tuple[str, ...]]:
+        """The tensors that each stage of a client pushes, in stage order."""
+        members = [member for member in self.members.values() if member.client == client]
+        return [member.pushed for member in sorted(members, key=lambda member: member.stage)]
 
     def progress(self) -> dict[str, ProgressReport]:
         """The newest progress of each client in the open round."""
@@ -149,6 +158,11 @@ class Board:
             if (member.client, member.stage) in self._reported:
                 return Instruction(kind="wait", round=round, reason="this round's update is in")
             return self._instruction
+
+    def takes_part(self, member: Member) -> bool:
+        """Whether the device's client is in the cohort of the open round."""
+        with self._changed:
+            return self._instruction.kind == "train" and member.client in self._cohort
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener`, which must not block, whenever something changes."""
@@ -180,6 +194,8 @@ class Board:
     def failed(self, report: FailureReport) -> None:
         """A device cannot go on; a cause is kept rather than the losses that follow from it."""
         with self._changed:
+            if self._failure is None:
+                self._failed_s = time.monotonic()
             if self._failure is None or (_is_consequence(self._failure) and not _is_consequence(report)):
                 self._failure = report
             self._notify()
@@ -194,6 +210,10 @@ class Board:
         """Where a client's first device listens; None if it has not said so."""
         with self._changed:
             return self._addresses.get(client)
+
+    def _is_explained(self, failure: FailureReport) -> bool:
+        """Whether the cause is known, or has had its time to become known."""
+        return not _is_consequence(failure) or time.monotonic() - self._failed_s > _CAUSE_S
 
     def _notify(self) -> None:
         self._changed.notify_all()

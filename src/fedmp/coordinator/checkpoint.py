@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedmp.errors import ResumeError
+from fedmp.records import RoundRecord
 
 __all__ = ["Checkpoint", "CheckpointStore"]
 
@@ -28,6 +29,8 @@ class Checkpoint:
         fingerprint: of the model's graph.
         state: the global model's tensors by canonical name.
         optimizer_tensors, optimizer_values: state of the server optimizer.
+        optimizer: its name; empty for plain averaging.
+        record: the round's row, so that it survives with the round; None before the first.
     """
 
     round: int
@@ -35,6 +38,8 @@ class Checkpoint:
     state: Mapping[str, torch.Tensor]
     optimizer_tensors: Mapping[str, torch.Tensor]
     optimizer_values: Mapping[str, Any]
+    optimizer: str = ""
+    record: RoundRecord | None = None
 
 
 class CheckpointStore:
@@ -56,11 +61,13 @@ class CheckpointStore:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in checkpoint.state.items()}, part / "model.safetensors")
-        save_file(dict(checkpoint.optimizer_tensors), part / "optimizer.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in checkpoint.optimizer_tensors.items()}, part / "optimizer.safetensors")
         manifest = {
             "round": checkpoint.round,
             "fingerprint": checkpoint.fingerprint,
             "optimizer_values": dict(checkpoint.optimizer_values),
+            "optimizer": checkpoint.optimizer,
+            "record": checkpoint.record.model_dump() if checkpoint.record else None,
             "tensors": {name: list(tensor.shape) for name, tensor in checkpoint.state.items()},
         }
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -90,8 +97,10 @@ class CheckpointStore:
                 state=load_file(path / "model.safetensors"),
                 optimizer_tensors=load_file(path / "optimizer.safetensors"),
                 optimizer_values=manifest["optimizer_values"],
+                optimizer=manifest["optimizer"],
+                record=manifest["record"] and RoundRecord.model_validate(manifest["record"]),
             )
-        except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ResumeError(f"checkpoint {path} cannot be read: {error}") from error
 
     def _rounds(self) -> list[Path]:

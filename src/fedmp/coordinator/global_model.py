@@ -61,6 +61,11 @@ class GlobalModel:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def optimizer_name(self) -> str:
+        """The server optimizer's class; empty for plain averaging."""
+        return type(self._optimizer).__name__ if self._optimizer is not None else ""
+
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The server optimizer's state: tensors by "parameter/key", and plain values alike."""
         tensors: dict[str, torch.Tensor] = {}

@@ -6,8 +6,10 @@ The files are mapped, not read, so aggregation needs memory for about one tensor
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from fedmp.graph import StateSpec
 from fedmp.records import DeviceReport
 
 __all__ = ["ClientUpdate", "Journal"]
+
+_MAX_EXAMPLES = 2**53
 
 
 class Journal:
@@ -38,32 +42,41 @@ class Journal:
 
     @property
     def round(self) -> int:
-        """The open round; 0 before the first."""
+        """The open round; 0 before the first and between two."""
         return self._round
 
     def open(self, round: int) -> None:
-        """Begin a round, or go on with it: updates that are there stay."""
+        """Begin a round, or go on with it: updates that are there stay, those of other rounds go."""
         self._round = round
-        self._round_folder().mkdir(parents=True, exist_ok=True)
+        current = self._round_folder()
+        current.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob("round-*"):
+            if path != current:
+                shutil.rmtree(path, ignore_errors=True)
+        for part in current.glob(".*.part"):
+            part.unlink()
 
     def close(self) -> None:
         """Delete the open round's files, once its result is committed."""
-        shutil.rmtree(self._round_folder(), ignore_errors=True)
+        folder = self._round_folder()
+        self._round = 0
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def whole_clients(self, num_stages: Mapping[str, int]) -> list[str]:
+    def whole_clients(self, stages: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
         """Clients whose every stage is in the journal; stages of others are thrown away.
 
+        What lies there was written by an earlier process, perhaps for another plan, so it is checked anew.
+
         Args:
-            num_stages: stages of each client's plan.
+            stages: the tensors that each stage of each client's plan must hold.
         """
         whole = []
-        for client, count in num_stages.items():
-            present = [stage for stage in range(count) if self.has(client, stage)]
-            if len(present) == count:
+        for client, names in stages.items():
+            if all(self._is_sound(client, stage, wanted) for stage, wanted in enumerate(names)):
                 whole.append(client)
             else:
-                for stage in present:
-                    self._path(client, stage).unlink()
+                for path in self._round_folder().glob(f"{client}.*.safetensors"):
+                    path.unlink()
         return whole
 
     def global_stage(self, names: Sequence[str], state: Mapping[str, torch.Tensor], key: str) -> Path:
@@ -80,8 +93,8 @@ class Journal:
         return path
 
     def temporary(self, client: str, stage: int) -> Path:
-        """Where to stream an upload before it is checked."""
-        return self._round_folder() / f".{client}.{stage}.part"
+        """Where to stream an upload before it is checked; another place each time."""
+        return self._round_folder() / f".{client}.{stage}.{uuid.uuid4().hex}.part"
 
     def accept(self, part: Path, client: str, stage: int, names: Sequence[str]) -> DeviceReport:
         """Check a streamed upload and take it into the journal.
@@ -95,14 +108,7 @@ class Journal:
             RefusedError: it is not a safetensors file, or holds anything but finite tensors of the
                 right names, shapes and dtypes, or no valid report.
         """
-        try:
-            with safe_open(part, framework="pt") as body:
-                self._check(body, names)
-                report = DeviceReport.model_validate_json((body.metadata() or {}).get("report", ""))
-        except SafetensorError as error:
-            raise RefusedError(f"the body is not a safetensors file: {error}", status=422) from error
-        except ValidationError as error:
-            raise RefusedError(f"the update's report is not valid: {error.errors()[0]['msg']}", status=422) from error
+        report = self._read(part, names)
         os.replace(part, self._path(client, stage))
         return report
 
@@ -114,6 +120,26 @@ class Journal:
         """A client's whole update; None while a stage is missing."""
         paths = [self._path(client, stage) for stage in range(num_stages)]
         return ClientUpdate(paths) if all(path.exists() for path in paths) else None
+
+    def _is_sound(self, client: str, stage: int, names: Sequence[str]) -> bool:
+        try:
+            self._read(self._path(client, stage), names)
+        except (RefusedError, OSError):
+            return False
+        return True
+
+    def _read(self, path: Path, names: Sequence[str]) -> DeviceReport:
+        """Check a file from the first byte to the last; returns its report."""
+        try:
+            with safe_open(path, framework="pt") as body:
+                self._check(body, names)
+                report = DeviceReport.model_validate_json((body.metadata() or {}).get("report", ""))
+        except SafetensorError as error:
+            raise RefusedError(f"the body is not a safetensors file: {error}", status=422) from error
+        except ValidationError as error:
+            raise RefusedError(f"the update's report is not valid: {error.errors()[0]['msg']}", status=422) from error
+        _check_report(report)
+        return report
 
     def _check(self, body: safe_open, names: Sequence[str]) -> None:
         got = set(body.keys())
@@ -167,6 +193,21 @@ class ClientUpdate(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._home)
+
+
+def _check_report(report: DeviceReport) -> None:
+    """Refuse what would spoil the round's weights or sums."""
+    if not 0 < report.num_examples <= _MAX_EXAMPLES:
+        raise RefusedError(
+            f"the update's report says {report.num_examples} examples; there must be at least 1", status=422
+        )
+    sums = (
+        *(report.loss_sum, report.weight, report.num_correct, report.train_s),
+        *(report.evaluation_loss_sum, report.evaluation_weight, report.evaluation_correct),
+        *(time_s for row in report.timeline for time_s in row[4:]),
+    )
+    if not all(map(math.isfinite, sums)):
+        raise RefusedError("the update's report holds NaN or infinity", status=422)
 
 
 def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:

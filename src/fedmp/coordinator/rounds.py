@@ -84,7 +84,7 @@ def run_rounds(
         bytes_before = (board.bytes_up, board.bytes_down)
         cohort = strategy.cohort(list(settings.num_stages), round=round, seed=settings.seed)
         journal.open(round)
-        resumed = journal.whole_clients({client: settings.num_stages[client] for client in cohort})
+        resumed = journal.whole_clients({client: board.pushed_by(client) for client in cohort})
         board.open_round(round, cohort, [(c, s) for c in resumed for s in range(settings.num_stages[c])])
         observe(RoundStarted(round, cohort, sum(settings.round_samples[client] for client in cohort)))
         _wait(board, cohort, settings.round_timeout_s, watch, observe)
@@ -93,8 +93,6 @@ def run_rounds(
         updates = {client: _update(journal, client, settings) for client in cohort}
         weights = [float(update.num_examples) for update in updates.values()]
         model.apply(aggregator.combine(list(updates.values()), weights))
-        _commit(checkpoints, round, settings.fingerprint, model)
-        journal.close()
 
         reports = {client: update.reports for client, update in updates.items()}
         record = make_record(round, reports, evaluate()).model_copy(
@@ -105,6 +103,8 @@ def run_rounds(
                 "simulated_s": max(settings.predicted_s[client] for client in cohort),
             }
         )
+        _commit(checkpoints, settings.fingerprint, model, record)
+        journal.close()
         on_reports(round, reports)
         observe(RoundFinished(record))
         records.append(record)
@@ -165,6 +165,8 @@ def _update(journal: Journal, client: str, settings: RoundSettings) -> ClientUpd
     return update
 
 
-def _commit(checkpoints: CheckpointStore, round: int, fingerprint: str, model: GlobalModel) -> None:
+def _commit(checkpoints: CheckpointStore, fingerprint: str, model: GlobalModel, record: RoundRecord) -> None:
     tensors, values = model.optimizer_state()
-    checkpoints.save(Checkpoint(round, fingerprint, model.state, tensors, values))
+    checkpoints.save(
+        Checkpoint(record.round, fingerprint, model.state, tensors, values, model.optimizer_name, record)
+    )

@@ -12,13 +12,17 @@ import hashlib
 import hmac
 import socket
 import threading
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from fedmp.coordinator.board import Board, Member
 from fedmp.coordinator.global_model import GlobalModel
@@ -26,9 +30,12 @@ from fedmp.coordinator.journal import Journal
 from fedmp.errors import ConfigError, RefusedError
 from fedmp.records import Address, FailureReport, Instruction, ProgressReport, Receipt
 
-__all__ = ["CoordinatorService"]
+__all__ = ["CoordinatorService", "check_address"]
 
 _LONG_POLL_S = 10.0
+_MAX_MESSAGE_BYTES = 1 << 20
+
+Message = TypeVar("Message", bound=BaseModel)
 
 
 class CoordinatorService:
@@ -52,8 +59,10 @@ class CoordinatorService:
         self._waiting: set[asyncio.Event] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._writing = asyncio.Lock()
+        self._taking: defaultdict[Member, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._socket = _listen(host, port)
-        self.url = f"http://{host}:{self._socket.getsockname()[1]}"
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
         self.app = self._make_app()
         config = uvicorn.Config(
             self.app, log_level="error", access_log=False, lifespan="on", timeout_graceful_shutdown=2
@@ -65,6 +74,7 @@ class CoordinatorService:
         self._ready = threading.Event()
         self._thread.start()
         if not self._ready.wait(30):
+            self.__exit__()
             raise ConfigError(f"the coordinator's service did not come up on {self.url}")
         return self
 
@@ -132,25 +142,38 @@ class CoordinatorService:
         """Take the asking device's update into the journal."""
         member = self._member(request)
         self._check_round(round)
+        if not self._board.takes_part(member):
+            raise RefusedError(f"client {member.client} is not in the cohort of round {round}", status=409)
         part = self._journal.temporary(member.client, member.stage)
-        num_bytes = await _stream_to_file(request, part, member.max_update_bytes)
-        if not self._journal.has(member.client, member.stage):
-            await run_in_threadpool(self._journal.accept, part, member.client, member.stage, member.pushed)
-            self._board.reported(member, num_bytes)
+        try:
+            num_bytes = await _stream_to_file(request, part, member.max_update_bytes)
+            async with self._taking[member]:  # a retry may arrive beside the upload that it repeats
+                self._check_round(round)
+                if not self._journal.has(member.client, member.stage):
+                    await run_in_threadpool(
+                        self._journal.accept, part, member.client, member.stage, member.pushed
+                    )
+                    self._board.reported(member, num_bytes)
+        finally:
+            part.unlink(missing_ok=True)
         return Receipt(round=round, num_bytes=num_bytes)
 
-    async def progress(self, request: Request, report: ProgressReport) -> None:
-        """Note how far a client is."""
-        self._board.progressed(self._member(request), report)
+    # messages are read by hand, after the credential is known and never more than a message may have
 
-    async def failure(self, request: Request, report: FailureReport) -> None:
+    async def progress(self, request: Request) -> None:
+        """Note how far a client is."""
+        member = self._member(request)
+        self._board.progressed(member, await _read_message(request, ProgressReport))
+
+    async def failure(self, request: Request) -> None:
         """Note that a device cannot go on."""
         self._member(request)
-        self._board.failed(report)
+        self._board.failed(await _read_message(request, FailureReport))
 
-    async def publish_address(self, request: Request, address: Address) -> None:
+    async def publish_address(self, request: Request) -> None:
         """Note where a client's first device listens."""
         member = self._member(request)
+        address = await _read_message(request, Address)
         if member.stage != 0:
             raise RefusedError("only a client's first device publishes an address", status=403)
         self._board.publish_address(member, address)
@@ -168,8 +191,10 @@ class CoordinatorService:
         return member
 
     def _check_round(self, round: int) -> None:
-        if round != self._journal.round:
-            raise RefusedError(f"round {round} is not open; round {self._journal.round} is", status=409)
+        open_round = self._journal.round
+        if round != open_round or not open_round:
+            instead = f"round {open_round} is" if open_round else "none is"
+            raise RefusedError(f"round {round} is not open; {instead}", status=409)
 
     def _wake(self) -> None:
         def set_all() -> None:
@@ -191,13 +216,40 @@ async def _stream_to_file(request: Request, path: Path, max_bytes: int) -> int:
     if announced.isdigit() and int(announced) > max_bytes:
         raise RefusedError(f"the body has {announced} bytes, at most {max_bytes} are allowed", status=413)
     num_bytes = 0
-    with path.open("wb") as file:
-        async for chunk in request.stream():
-            num_bytes += len(chunk)
-            if num_bytes > max_bytes:
-                raise RefusedError(f"the body has more than {max_bytes} bytes", status=413)
-            file.write(chunk)
+    try:
+        with path.open("wb") as file:
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise RefusedError(f"the body has more than {max_bytes} bytes", status=413)
+                file.write(chunk)
+    except ClientDisconnect:
+        raise RefusedError(f"the body broke off after {num_bytes} bytes", status=400) from None
     return num_bytes
+
+
+async def _read_message(request: Request, kind: type[Message]) -> Message:
+    """A small JSON body as a validated message."""
+    body = b""
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _MAX_MESSAGE_BYTES:
+                raise RefusedError(f"a message has at most {_MAX_MESSAGE_BYTES} bytes", status=413)
+        return kind.model_validate_json(body)
+    except ClientDisconnect:
+        raise RefusedError("the message broke off", status=400) from None
+    except ValidationError as error:
+        raise RefusedError(f"not a valid {kind.__name__}: {error.errors()[0]['msg']}", status=422) from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Find out early whether a service could listen here.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    _listen(host, port).close()
 
 
 def _digest(token: str) -> bytes:

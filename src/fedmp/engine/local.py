@@ -16,7 +16,15 @@ from pydantic import Field
 
 from fedmp.client import DeviceSpec, run_device
 from fedmp.component import Component
-from fedmp.coordinator import Board, CoordinatorService, Journal, Member, RoundSettings, run_rounds
+from fedmp.coordinator import (
+    Board,
+    CoordinatorService,
+    Journal,
+    Member,
+    RoundSettings,
+    check_address,
+    run_rounds,
+)
 from fedmp.engine.prepare import ClientSetup, Prepared
 from fedmp.engine.session import Outcome, Session, evaluator
 from fedmp.errors import FederationError
@@ -53,7 +61,12 @@ class LocalEngine(Component):
         return "local"
 
     def warm_up(self) -> None:
-        """Let the fork server import torch while this process traces and plans."""
+        """Let the fork server import torch while this process traces and plans.
+
+        Raises:
+            ConfigError: the address is in use; better said before the run directory is written to.
+        """
+        check_address(self.host, self.port)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fedmp.engine.preload"])
         multiprocessing.forkserver.ensure_running()
@@ -151,6 +164,13 @@ class _Processes:
 
     def check(self) -> None:
         """Raise if a device process died without a word; a moment is left for its last words to arrive."""
+        for member, process in self._running:
+            if process.exitcode is not None and process.exitcode < 0:  # by a signal, which allows no last words
+                name = signal.Signals(-process.exitcode).name
+                raise FederationError(
+                    f"device {member.device} of {member.client} (stage {member.stage}) was killed by {name} (exit "
+                    f"code {process.exitcode}); if nobody did that, the machine ran out of memory: use fewer devices"
+                )
         for member, process in self._running:
             if process.exitcode is not None:
                 self._died_s = self._died_s or time.monotonic()

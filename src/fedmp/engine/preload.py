@@ -7,12 +7,15 @@ here that happens once. Freezing the heap keeps the collector from touching, and
 from __future__ import annotations
 
 import gc
+import warnings
 
 import torch
 import torch.distributed
 
 import fedmp.client
 
+# torch 2.13 warns about its own tree specs whenever a stage is unpickled
+warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
 torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 gc.collect()
 gc.freeze()

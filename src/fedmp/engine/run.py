@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -44,11 +46,18 @@ def run_job(
         if engine not in _ENGINES:
             raise ConfigError(f"no engine is called {engine!r}; there are {', '.join(_ENGINES)}")
         engine = _ENGINES[engine]()
-    directory = _directory(run_dir, resume=resume)
-    if observe is not None:
-        return _run(job, engine, directory, resume, observe, config)
-    with make_view() as view:
-        return _run(job, engine, directory, resume, view, config)
+    run_dir = Path(run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    try:
+        directory = _directory(run_dir, resume=resume)
+        if observe is not None:
+            return _run(job, engine, directory, resume, observe, config)
+        with make_view() as view:
+            return _run(job, engine, directory, resume, view, config)
+    finally:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()  # only succeeds if the job failed before it wrote anything
 
 
 def _run(
@@ -71,6 +80,8 @@ def _run(
     checkpoints = CheckpointStore(directory.path / "checkpoints")
     before = _resume(directory, checkpoints, prepared, model) if resume else ()
     if not resume:
+        for leftover in ("journal", "checkpoints"):  # of a run that failed in its first round
+            shutil.rmtree(directory.path / leftover, ignore_errors=True)
         directory.write_config(config)
         directory.write_plans(prepared.plans)
         checkpoints.save(Checkpoint(0, prepared.graph.fingerprint, model.state, {}, {}))
@@ -128,11 +139,9 @@ def _run(
     )
 
 
-def _directory(run_dir: str | Path | None, *, resume: bool) -> RunDirectory:
-    if resume and (run_dir is None or not Path(run_dir).is_dir()):
+def _directory(run_dir: Path, *, resume: bool) -> RunDirectory:
+    if resume and not run_dir.is_dir():
         raise ResumeError(f"nothing to resume: {str(run_dir)!r} is not a run directory")
-    if run_dir is None:
-        run_dir = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     directory = RunDirectory.create(run_dir)
     if not resume and directory.has_metrics:
         raise ConfigError(
@@ -156,11 +165,20 @@ def _resume(
         raise ResumeError(
             f"the run in {directory.path} has finished {checkpoint.round} rounds; ask for more with rounds=NUMBER"
         )
+    if checkpoint.optimizer_tensors and checkpoint.optimizer != model.optimizer_name:
+        raise ResumeError(
+            f"the run in {directory.path} has state of the server optimizer {checkpoint.optimizer}, which "
+            f"{model.optimizer_name or 'plain averaging'} cannot use; resume with the config it began with"
+        )
     for name, tensor in checkpoint.state.items():
         model.state[name].copy_(tensor)
     model.load_optimizer_state(checkpoint.optimizer_tensors, checkpoint.optimizer_values)
     directory.truncate_metrics(checkpoint.round)
-    return directory.read_metrics()
+    rows = directory.read_metrics()
+    if checkpoint.record is not None and (not rows or rows[-1].round < checkpoint.round):
+        directory.append_metrics(checkpoint.record)  # the run ended between the commit and its row
+        rows = (*rows, checkpoint.record)
+    return rows
 
 
 def _summary(

@@ -69,9 +69,6 @@ class _Simulation:
             updates.append(update)
             reports[setup.name] = (report,)
         session.model.apply(job.aggregator.combine(updates, [float(r[0].num_examples) for r in reports.values()]))
-        tensors, values = session.model.optimizer_state()
-        fingerprint = self._prepared.graph.fingerprint
-        session.checkpoints.save(Checkpoint(round, fingerprint, session.model.state, tensors, values))
         traffic = [_traffic(setup, self._prepared) for setup in setups]
         record = make_record(round, reports, self._evaluate()).model_copy(
             update={
@@ -81,6 +78,18 @@ class _Simulation:
                 "wall_s": time.monotonic() - started_s,
                 "simulated_s": max(setup.predicted_s for setup in setups),
             }
+        )
+        tensors, values = session.model.optimizer_state()
+        session.checkpoints.save(
+            Checkpoint(
+                round,
+                self._prepared.graph.fingerprint,
+                session.model.state,
+                tensors,
+                values,
+                session.model.optimizer_name,
+                record,
+            )
         )
         session.observe(RoundFinished(record))
         return record

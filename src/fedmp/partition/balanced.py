@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pydantic import Field
@@ -60,7 +61,8 @@ class Balanced(Component):
         num_units = len(costs.positions()) - 1
         places = range(len(devices))
         lattice = fixed_order(places) if self.schedule == "gpipe" else fixed_order_counted(places, num_units)
-        for positions in coarse_positions(costs, max_cells=_MAX_CELLS, num_states=lattice.num_states):
+        few = coarse_positions(costs, math.isqrt(_MAX_CELLS // lattice.num_states))
+        for positions in (few, costs.positions()):
             problem = make_problem(costs, devices, links, positions=positions, merge_devices=False)
             found = search(Space(problem, lattice, self.schedule), max_expansions=self.max_expansions)
             if found.choice is not None:

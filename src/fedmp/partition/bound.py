@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedmp.partition.estimate import Array, CostModel
+from fedmp.partition.space import in_flight_of
 from fedmp.topology import Device, Links
 
 __all__ = ["step_bound_s"]
@@ -24,21 +25,40 @@ def step_bound_s(costs: CostModel, devices: Sequence[Device], links: Links, sche
         devices, links: what a plan may use.
         schedule: "gpipe", "1f1b" or "1f1b-short".
     """
-    speeds = np.sort([1 / _whole_s(costs, device) for device in devices if _whole_s(costs, device) > 0])[::-1]
-    if not len(speeds):
+    wholes = [_whole_s(costs, device) for device in devices]
+    if not all(wholes):
         return 0.0
-    ways = _least_ways(costs, devices, links)[: len(speeds)]
-    speeds = speeds[: len(ways)]
-    if schedule == "gpipe":
-        return _gpipe_bound_s(speeds, ways, costs.num_microbatches)
-    return _bisect(speeds, ways, costs.num_microbatches)
+    ways = _least_ways(costs, devices, links)[: len(devices)]
+    speeds = np.sort([1 / whole for whole in wholes])[::-1][: len(ways)]
+    waiting = _waiting_bound_s(costs, speeds, ways, schedule)
+    return max(waiting, _bisect(speeds, ways, costs.num_microbatches))
 
 
-def _gpipe_bound_s(speeds: Array, ways: Array, num_microbatches: int) -> float:
-    """The closed form with k stages that take equally long; which is best, as it is linear between."""
-    stage_s = 1 / np.cumsum(speeds)
-    counts = np.arange(1, len(speeds) + 1)
-    return float(np.min((counts + num_microbatches - 1) * stage_s + ways))
+def _waiting_bound_s(costs: CostModel, speeds: Array, ways: Array, schedule: str) -> float:
+    """At least all stages and links once, and the slowest stage M - 1 times more, less what it can hide.
+
+    Under GPipe it hides nothing. Under 1F1B a stage that waits for the way behind it may run the forwards
+    that it holds, or as many backwards, meanwhile (`sweep.span_s`): at most the smaller of the two.
+    """
+    count = costs.num_microbatches
+    times = 1 / np.cumsum(speeds)
+    least = np.inf
+    for num_stages in range(1, len(speeds) + 1):
+        held = 0 if schedule == "gpipe" else in_flight_of(schedule, num_stages, count) - 1
+        others = count - 1 - held * _smaller_share(costs)
+        # With a slowest stage of t seconds, the sum is least if the fastest devices take t each. That is
+        # linear in t between the points where j devices do it all.
+        users = np.arange(1, num_stages + 1)
+        least = min(least, float(np.min((users + others) * times[:num_stages])) + float(ways[num_stages - 1]))
+    return least
+
+
+def _smaller_share(costs: CostModel) -> float:
+    """The smaller of forward and backward as a share of both, for any run of layers at most."""
+    layers = [layer for layer in costs.profile.layers if layer.forward_s + layer.backward_s > 0]
+    shares = [layer.forward_s / (layer.forward_s + layer.backward_s) for layer in layers]
+    low, high = min(shares), max(shares)
+    return 0.5 if low <= 0.5 <= high else max(min(low, 1 - low), min(high, 1 - high))
 
 
 def _bisect(speeds: Array, ways: Array, num_microbatches: int) -> float:

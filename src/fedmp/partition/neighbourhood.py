@@ -23,8 +23,9 @@ from fedmp.partition.space import Found, Space
 __all__ = ["search_nearby", "window_lattice"]
 
 _WINDOW = 3  # stages that are freed at once
-_SPARES = 3  # unused devices that are offered to them
-_EXPANSIONS = 100  # of each search
+_SPARES = 2  # unused devices that are offered to them
+_EXPANSIONS = {"gpipe": 100, "1f1b": 30, "1f1b-short": 30}  # of each search
+_EXPANSION_CELLS = 8000  # as long as an expansion takes
 
 
 def search_nearby(problem: Problem, schedule: str, *, max_cells: int) -> Found:
@@ -33,7 +34,7 @@ def search_nearby(problem: Problem, schedule: str, *, max_cells: int) -> Found:
     Args:
         problem: with any number of devices.
         schedule: "gpipe", "1f1b" or "1f1b-short".
-        max_cells: when to stop: the size of all dynamic programs together.
+        max_cells: when to stop: about the size of all dynamic programs together.
     """
     best, spent = _best_start(problem, schedule)
     turn = since_better = 0
@@ -42,9 +43,9 @@ def search_nearby(problem: Problem, schedule: str, *, max_cells: int) -> Found:
         window, spares = _window(turn, len(order)), _spares(problem, order, turn)
         space = Space(problem, window_lattice(order, window, spares), schedule)
         # Only what is clearly faster counts, so that rounding cannot keep the search going.
-        found = search(space, max_expansions=_EXPANSIONS, limit_s=best.step_s * (1 - 1e-9))
+        found = search(space, max_expansions=_EXPANSIONS[schedule], limit_s=best.step_s * (1 - 1e-9))
         best, since_better = (found, 0) if found.choice else (best, since_better + 1)
-        spent += space.num_cells
+        spent += space.num_cells + _EXPANSIONS[schedule] * _EXPANSION_CELLS
         turn += 1
     return replace(best, bound_s=0.0)
 
@@ -115,7 +116,7 @@ def _best_start(problem: Problem, schedule: str) -> tuple[Found, int]:
         max_stages = problem.num_units
         lattice = fixed_order(order) if schedule == "gpipe" else fixed_order_counted(order, max_stages)
         space = Space(problem, lattice, schedule)
-        found = search(space, max_expansions=_EXPANSIONS, limit_s=best.step_s)
+        found = search(space, max_expansions=_EXPANSIONS[schedule], limit_s=best.step_s)
         best = found if found.choice else best
         spent += space.num_cells
     return best, spent

@@ -7,8 +7,9 @@ like layers: a stage is the units from index `i` to index `j` of `positions`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,7 @@ class Problem:
     _starts: npt.NDArray[np.int64]
     _stops: npt.NDArray[np.int64]
     _parameter_bytes: Array
+    _known: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False)
 
     @property
     def num_units(self) -> int:
@@ -52,22 +54,26 @@ class Problem:
 
     def forward_s(self, kind: int) -> Array:
         """Seconds of a stage's forward by (first unit, end unit); infinite where that is no stage."""
-        seconds = self.costs.forward_s(self._starts, self._stops, self.device_of(kind))
-        return np.where(self._starts < self._stops, seconds, np.inf)
+        return self._once(("forward", kind), self.costs.forward_s, self.device_of(kind))
 
     def backward_s(self, kind: int) -> Array:
         """Seconds of a stage's backward by (first unit, end unit); infinite where that is no stage."""
-        seconds = self.costs.backward_s(self._starts, self._stops, self.device_of(kind))
-        return np.where(self._starts < self._stops, seconds, np.inf)
+        return self._once(("backward", kind), self.costs.backward_s, self.device_of(kind))
 
     def memory_bytes(self, in_flight: int) -> Array:
         """Memory of a stage by (first unit, end unit); infinite where that is no stage."""
-        needed = self.costs.memory_bytes(self._starts, self._stops, in_flight, self._parameter_bytes)
-        return np.where(self._starts < self._stops, needed, np.inf)
+        memory_bytes = self.costs.memory_bytes
+        return self._once(("memory", in_flight), memory_bytes, in_flight, self._parameter_bytes)
 
     def fits(self, kind: int, in_flight: int) -> BoolArray:
         """Whether a stage fits a device of that kind, by (first unit, end unit)."""
         return self.memory_bytes(in_flight) <= float(self.device_of(kind).memory_bytes)
+
+    def _once(self, key: tuple[str, int], cost: Callable[..., Array], *rest: Any) -> Array:
+        if key not in self._known:
+            by_stage = cost(self._starts, self._stops, *rest)
+            self._known[key] = np.where(self._starts < self._stops, by_stage, np.inf)
+        return self._known[key]
 
     def device_of(self, kind: int) -> Device:
         """One device of that kind; the others are like it."""
