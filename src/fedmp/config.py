@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, get_method, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -42,6 +42,11 @@ class CentralizedConfig(BaseModel):
     optimizer: dict[str, Any]
     epochs: PositiveInt | None = None
     batch_size: PositiveInt | None = None
+
+    def build(self) -> Centralized:
+        """What the engines take."""
+        optimizer = _factory("centralized.optimizer", self.optimizer)
+        return Centralized(optimizer=optimizer, epochs=self.epochs, batch_size=self.batch_size)
 
 
 class RunConfig(BaseModel):
@@ -101,12 +106,7 @@ class RunConfig(BaseModel):
             num_microbatches=self.num_microbatches,
             seed=self.seed,
             federated_evaluation=self.federated_evaluation,
-            centralized=central
-            and Centralized(
-                optimizer=_factory("centralized.optimizer", central.optimizer),
-                epochs=central.epochs,
-                batch_size=central.batch_size,
-            ),
+            centralized=central.build() if central else None,
             title=self.title,
         )
 
@@ -181,13 +181,8 @@ def _target(name: str, fields: dict[str, Any]) -> str:
 
 def _locate(name: str, target: str) -> Callable[..., Any]:
     try:
-        found = get_class(target)
-    except ValueError:
-        try:
-            found = get_method(target)
-        except Exception as error:
-            raise _as_config_error(name, target, error) from error
-    except Exception as error:
+        found: Callable[..., Any] = get_object(target)
+    except Exception as error:  # whatever importing the user's module raises
         raise _as_config_error(name, target, error) from error
     return found
 

@@ -54,7 +54,10 @@ class WeightedMean(Component):
 def _mean(tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
     dtype = tensors[0].dtype
     if dtype == torch.bool:
-        return sum(t.double() * share for t, share in zip(tensors, shares, strict=True)) > 0.5  # type: ignore[operator,no-any-return]
+        votes = torch.zeros_like(tensors[0], dtype=torch.float64)
+        for tensor, share in zip(tensors, shares, strict=True):
+            votes.add_(tensor.double(), alpha=share)
+        return votes > 0.5
     working = dtype if dtype in (torch.float32, torch.float64) else torch.float64
     mean = torch.zeros_like(tensors[0], dtype=working)
     for tensor, share in zip(tensors, shares, strict=True):

@@ -19,9 +19,20 @@ __all__ = ["FedAvg", "Strategy"]
 class Strategy(Protocol):
     """Who takes part, how much local work they do, and when a round may close."""
 
-    local_epochs: int
-    local_steps: int | None
-    keep_statistics_local: bool
+    @property
+    def local_epochs(self) -> int:
+        """Passes over the client's data in one round."""
+        ...
+
+    @property
+    def local_steps(self) -> int | None:
+        """Optimizer steps in one round; None for whole epochs."""
+        ...
+
+    @property
+    def keep_statistics_local(self) -> bool:
+        """Whether batch-norm statistics stay at the clients."""
+        ...
 
     def cohort(self, clients: Sequence[str], *, round: int, seed: int) -> tuple[str, ...]:
         """The clients of one round, in client order."""
