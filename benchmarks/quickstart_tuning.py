@@ -1,6 +1,6 @@
 """Choose the quickstart's two learning rates equally carefully: the same grid for both sides.
 
-    python benchmarks/quickstart_tuning.py [--rounds 12] [--seeds 0 1 2]
+    python benchmarks/quickstart_tuning.py [--rounds 20] [--seeds 0 1 2]
 
 For each learning rate, trains the federation (simulated: the same arithmetic as the real one) and the
 centralized rival, with the same model, data, batch size, momentum and number of samples processed.
@@ -20,6 +20,7 @@ import torch
 
 import fedmp
 from fedmp.data import Dirichlet, FashionMNISTExcerpt
+from fedmp.learning_rate import Cosine
 from fedmp.models import CNN
 from fedmp.strategy import FedAvg
 
@@ -28,9 +29,10 @@ RATES = (0.01, 0.02, 0.05, 0.1)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--server-momentum", type=float, default=0.5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-microbatches", type=int, default=1)
     options = parser.parse_args()
@@ -51,11 +53,13 @@ def measure(options: argparse.Namespace, rate: float) -> dict[str, object]:
         sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9)
         job = fedmp.Job(
             model=CNN,
-            topology=fedmp.Topology(clients={"count": 3, "devices": 2}),
+            topology=fedmp.Topology(clients=[{"name": f"lab-{x}", "devices": 1} for x in "abc"]),
             data=FashionMNISTExcerpt(),
             split=Dirichlet(alpha=0.5),
             strategy=FedAvg(),
             optimizer=sgd,
+            learning_rate=Cosine(),
+            server_optimizer=partial(torch.optim.SGD, lr=1.0, momentum=options.server_momentum),
             centralized=fedmp.Centralized(optimizer=sgd),
             rounds=options.rounds,
             batch_size=options.batch_size,

@@ -1,6 +1,6 @@
 """Your own model and your own data: three sites, each with two devices, train together.
 
-    python examples/train.py
+python examples/train.py
 """
 
 from functools import partial

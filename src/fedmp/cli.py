@@ -47,7 +47,18 @@ example:
   fedmp run topology=uneven partitioner=exact rounds=5 run_dir=out/uneven
 """
 
-_VALUE_FLAGS = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"}
+_VALUE_FLAGS = {
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,4 +243,3 @@ def _message(error: BaseException) -> str | None:
 def _fail(message: str, *, code: int = 2) -> int:
     print(f"fedmp: error: {message}", file=sys.stderr)
     return code
-

@@ -23,10 +23,6 @@ from fedmp.topology import Topology
 
 __all__ = ["CentralizedConfig", "RunConfig", "config_dir", "load_config"]
 
-_COMPONENTS = (
-    "model", "data", "split", "task", "partitioner", "schedule", "strategy", "aggregator", "optimizer", "engine"
-)  # fmt: skip
-
 
 class CentralizedConfig(BaseModel):
     """Centralized training to compare with.
@@ -67,6 +63,7 @@ class RunConfig(BaseModel):
     strategy: dict[str, Any]
     aggregator: dict[str, Any]
     optimizer: dict[str, Any]
+    learning_rate: dict[str, Any]
     engine: dict[str, Any]
     title: str = "fedmp"
     rounds: PositiveInt
@@ -96,6 +93,7 @@ class RunConfig(BaseModel):
             strategy=_component("strategy", self.strategy),
             aggregator=_component("aggregator", self.aggregator),
             optimizer=_factory("optimizer", self.optimizer),
+            learning_rate=_component("learning_rate", self.learning_rate),
             server_optimizer=(
                 _factory("server_optimizer", self.server_optimizer) if self.server_optimizer else None
             ),
@@ -212,5 +210,3 @@ def _explain(prefix: str, error: ValidationError, known: list[str]) -> str:
     if isinstance(first["input"], dict | list):
         return f"{where or 'config'}: {message}" if where else message
     return f"{where} is {first['input']!r}: {message}"
-
-

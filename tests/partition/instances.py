@@ -75,9 +75,7 @@ def random_instance(
     kinds = [
         (
             1e11 * math.exp(rng.uniform(0, math.log(spread))),
-            int(whole * rng.uniform(0.25, 1.4)) + rng.randint(1, 99)
-            if can_bind and seed % 2
-            else 1 << 40,
+            int(whole * rng.uniform(0.25, 1.4)) + rng.randint(1, 99) if can_bind and seed % 2 else 1 << 40,
         )
         for _ in range(rng.randint(1, count))
     ]

@@ -3,65 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedmp.errors import FrameError
-from fedmp.graph import LayerGraph, trace
-from fedmp.pipeline import BatchResult, MicroBatches, StageRunner, microbatch_sizes
-from fedmp.schedule import GPipe, OneFOneB, Schedule
-from fedmp.stages import Stage, model_state, split_graph
+from fedmp.errors import FrameError, PipelineError
+from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
+from fedmp.schedule import GPipe, Interleaved, OneFOneB, PlacedSchedule, Schedule, VShape, ZeroBubble
+from fedmp.stages import split_graph
 from fedmp.tasks import CrossEntropy
+from tests.pipeline.harness import assert_same_gradients, cut, make_runners, own_stages, traced, train
 from tests.support.memory_transport import MemoryHub, MemoryTransport, run_ranks
-from tests.support.models import CASES, build, even_cuts, plan_at
+from tests.support.models import CASES, plan_at
 
-SCHEDULES: list[Schedule] = [GPipe(), OneFOneB(), OneFOneB(warmup="short")]
-
-
-def traced(name: str) -> tuple[nn.Module, LayerGraph]:
-    model = build(name)
-    inputs, _ = CASES[name][1](4, 0)
-    return model, trace(model, (inputs,))
-
-
-def own_stages(model: nn.Module, graph: LayerGraph, num_stages: int) -> list[Stage]:
-    """Stages with weights of their own, as separate processes would have."""
-    names = tuple(layer.name for layer in graph.layers)
-    stages = split_graph(graph, plan_at(names, even_cuts(len(names), num_stages)))
-    state = model_state(model, graph)
-    for stage in stages:
-        stage.materialize("cpu").load_state({name: state[name] for name in stage.blueprint.state})
-    return stages
-
-
-def assert_same_gradients(stages: Sequence[Stage], whole: nn.Module) -> None:
-    """Every stage, sharers of a tied parameter included, has the whole model's gradient."""
-    expected = dict(whole.named_parameters())
-    for stage in stages:
-        for key, mine in stage.named_parameters():
-            torch.testing.assert_close(mine.grad, expected[key].grad, rtol=1e-10, atol=1e-13, msg=key)
-
-
-def cut(batch: tuple[torch.Tensor, torch.Tensor], num_microbatches: int) -> MicroBatches:
-    sizes = microbatch_sizes(len(batch[0]), num_microbatches)
-    inputs = [(part,) for part in batch[0].split(sizes)]
-    return MicroBatches(sizes, inputs, batch[1].split(sizes))
-
-
-def train(
-    stages: Sequence[Stage], batches: MicroBatches, schedule: Schedule, steps: int = 1
-) -> list[BatchResult]:
-    hub = MemoryHub()
-
-    def work(rank: int) -> BatchResult:
-        runner = StageRunner(stages[rank], CrossEntropy(), MemoryTransport(hub, rank))
-        return [runner.train_batch(batches, schedule, round=1, step=s) for s in range(steps)][-1]
-
-    return run_ranks(work, len(stages))
+SCHEDULES: list[Schedule] = [GPipe(), OneFOneB(), OneFOneB(warmup="short"), ZeroBubble()]
+PLACED: list[PlacedSchedule] = [Interleaved(), VShape(), VShape(splits_backward=False)]
 
 
 def reference(model: nn.Module, batches: MicroBatches) -> float:
@@ -74,7 +32,7 @@ def reference(model: nn.Module, batches: MicroBatches) -> float:
     for (inputs,), targets in zip(batches.inputs, batches.targets, strict=True):
         loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="sum")
         (loss / total).backward()
-        summed += float(loss)
+        summed += float(loss.detach())
     return summed
 
 
@@ -89,13 +47,32 @@ def test_pipelined_gradients_equal_those_of_one_process(
         batches = cut(CASES[name][1](batch_size, 1), num_microbatches)
         whole = copy.deepcopy(model)
         stages = own_stages(model, graph, num_stages)
-        result = train(stages, batches, schedule)[-1]
+        result = train(make_runners(stages), batches, schedule)
         assert result.loss_sum == pytest.approx(reference(whole, batches), rel=1e-12)
         assert_same_gradients(stages, whole)
         buffers = dict(whole.named_buffers())
         for stage in stages:
             for key, mine in stage.named_buffers():
                 torch.testing.assert_close(mine, buffers[key], rtol=1e-12, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("schedule", PLACED, ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("name", ["cnn", "gpt"])
+def test_gradients_are_exact_where_a_device_runs_several_stages(
+    name: str, schedule: PlacedSchedule
+) -> None:
+    model, graph = traced(name)
+    stages = own_stages(model, graph, 4)
+    runners = make_runners(stages, placement=schedule.placement(2))
+    for step, (batch_size, num_microbatches) in enumerate(((1, 1), (7, 3), (8, 8))):
+        whole = copy.deepcopy(model)
+        for stage in stages:
+            stage.zero_grad()
+        batches = cut(CASES[name][1](batch_size, 1), num_microbatches)
+        result = train(runners, batches, schedule, step=step)
+        assert result.loss_sum == pytest.approx(reference(whole, batches), rel=1e-12)
+        assert_same_gradients(stages, whole)
+        model.load_state_dict(whole.state_dict())
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt", "vit"])
@@ -106,7 +83,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_microbatches(name: str) -
     F.cross_entropy(whole(batch[0]).flatten(0, -2), batch[1].flatten()).backward()
     for num_microbatches in (1, 2, 3, 7, 16):
         stages = own_stages(model, graph, 2)
-        train(stages, cut(batch, num_microbatches), OneFOneB())
+        train(make_runners(stages), cut(batch, num_microbatches), OneFOneB())
         assert_same_gradients(stages, whole)
 
 
@@ -133,12 +110,63 @@ def test_evaluation_returns_every_output_and_leaves_no_gradient() -> None:
     outputs: list[torch.Tensor] = []
 
     def work(rank: int) -> BatchResult:
-        runner = StageRunner(stages[rank], CrossEntropy(), MemoryTransport(hub, rank))
+        runner = runners[rank]
         return runner.evaluate_batch(batches, round=1, step=0, keep_outputs=outputs.append)
 
+    runners = [StageRunner(s, CrossEntropy(), MemoryTransport(hub, r)) for r, s in enumerate(stages)]
     result = run_ranks(work, 3)[-1]
     expected = model.eval()(inputs)
     torch.testing.assert_close(torch.cat(outputs), expected)
     assert result.weight == 9
     assert result.num_correct == float((expected.argmax(1) == targets).sum())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_evaluation_holds_a_few_buffers_however_many_microbatches() -> None:
+    model, graph = traced("mlp")
+    runners = make_runners(own_stages(model, graph, 2))
+
+    def evaluate(num_microbatches: int) -> int:
+        batches = cut(CASES["mlp"][1](num_microbatches, 3), num_microbatches)
+        run_ranks(lambda rank: runners[rank].evaluate_batch(batches, round=1, step=0), 2)
+        return runners[1].buffer_bytes
+
+    assert evaluate(40) == evaluate(4)
+
+
+def test_buffers_of_an_odd_batch_are_dropped_at_the_next_one() -> None:
+    model, graph = traced("mlp")
+    runners = make_runners(own_stages(model, graph, 2))
+    sizes = []
+    for step, batch_size in enumerate((8, 64, 8, 8)):
+        train(runners, cut(CASES["mlp"][1](batch_size, 1), 4), GPipe(), step=step)
+        sizes.append([runner.buffer_bytes for runner in runners])
+    assert sizes[1][1] > sizes[0][1]
+    assert sizes[2] == sizes[3] == sizes[0]
+
+
+def test_activations_in_use_stay_within_the_warm_up_depth() -> None:
+    model, graph = traced("mlp")
+    runners = make_runners(own_stages(model, graph, 3))
+    batches = cut(CASES["mlp"][1](16, 1), 16)
+    train(runners, batches, OneFOneB(warmup="short"))
+    allocated = [link.pool.num_allocated for link in runners[2]._receivers]
+    assert max(allocated) <= 2  # one micro-batch in work, one arriving
+
+
+def test_after_an_error_a_runner_says_so_until_it_is_reconnected() -> None:
+    model, graph = traced("mlp")
+    stages = own_stages(model, graph, 2)
+    runners = make_runners(stages, timeout_s=0.2)
+    batches = cut(CASES["mlp"][1](4, 0), 2)
+    with pytest.raises(FrameError):
+        run_ranks(lambda rank: runners[rank].train_batch(batches, GPipe(), round=1, step=rank), 2)
+    with pytest.raises(PipelineError, match="reconnect"):
+        runners[1].train_batch(batches, GPipe(), round=1, step=2)
+    hub = MemoryHub()
+    for rank, runner in enumerate(runners):
+        runner.stages[0].zero_grad()
+        runner.reconnect(MemoryTransport(hub, rank, generation=1))
+    train(runners, batches, GPipe(), step=2)
+    reference(model, batches)
+    assert_same_gradients(stages, model)

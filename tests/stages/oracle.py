@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fedmp.graph import LayerGraph, trace
+from fedmp.graph.portable import to_plain
 from fedmp.stages import Stage, merge, run_stages, split_graph
 from tests.support.models import even_cuts, plan_at
 
@@ -167,7 +168,7 @@ def _run(stages: Sequence[Stage], args: tuple[Any, ...], kwargs: dict[str, Any],
             assert tuple(value.shape) == spec.shape(batch), (tuple(value.shape), spec.dims)
             received = value.detach().clone(memory_format=torch.contiguous_format)
             tensors.append(received.requires_grad_() if spec.has_gradient else received)
-    result = tree_unflatten(list(kept[-1][1]), stages[-1].blueprint.out_spec)
+    result = tree_unflatten(list(kept[-1][1]), stages[-1].blueprint.program(training=training).out_spec)
     roots, gradients = _roots(result)
     for stage, (received, _), sent in zip(
         reversed(stages), reversed(kept), [None, *reversed([pair[1] for pair in kept[:-1]])], strict=True
@@ -204,19 +205,20 @@ def _fresh(inputs: Inputs) -> tuple[Inputs, list[torch.Tensor]]:
 
 def _roots(result: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Differentiable outputs, each with an own fixed gradient."""
-    roots = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    leaves = tree_leaves(to_plain(result))
+    roots = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     generator = torch.Generator().manual_seed(2)
     real = [torch.randn(root.shape, generator=generator, dtype=torch.float64) for root in roots]
     return roots, [weight.to(root.dtype) for weight, root in zip(real, roots, strict=True)]
 
 
 def _detached(result: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, result)
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, to_plain(result))
 
 
 def compare(first: Any, second: Any, tolerance: float, what: str) -> float:
     """Relative difference of two trees of tensors; an AssertionError above the tolerance."""
-    (left, left_spec), (right, right_spec) = tree_flatten(first), tree_flatten(second)
+    (left, left_spec), (right, right_spec) = tree_flatten(to_plain(first)), tree_flatten(to_plain(second))
     assert left_spec == right_spec, f"{what}: {left_spec} and {right_spec}"
     worst = 0.0
     for one, two in zip(left, right, strict=True):

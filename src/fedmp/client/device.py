@@ -88,7 +88,9 @@ def run_device(spec: DeviceSpec) -> int:
     except FedmpError as error:
         return _give_up(federation, spec, current.number, type(error).__name__, str(error))
     except Exception as error:  # whatever it is, the coordinator must hear of it
-        return _give_up(federation, spec, current.number, "FederationError", f"{type(error).__name__}: {error}")
+        return _give_up(
+            federation, spec, current.number, "FederationError", f"{type(error).__name__}: {error}"
+        )
     return 0
 
 

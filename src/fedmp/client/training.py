@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fedmp.data import Dataset
 from fedmp.errors import TrainingError
+from fedmp.learning_rate import Constant, LearningRate
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner, microbatch_sizes
 from fedmp.schedule import Schedule
 from fedmp.seeds import derive_seed
@@ -33,6 +34,7 @@ class LocalWork:
         local_epochs: passes over the client's data.
         local_steps: if given, so many steps instead.
         seed: the job's.
+        learning_rate, num_rounds: how the rate changes over so many rounds.
         evaluate_first: evaluate the round's starting model on the client's data.
     """
 
@@ -44,6 +46,8 @@ class LocalWork:
     local_steps: int | None
     seed: int
     evaluate_first: bool
+    learning_rate: LearningRate = field(default_factory=Constant)
+    num_rounds: int = 1
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps in one round on so many samples."""
@@ -98,6 +102,8 @@ class StageTrainer:
         """
         parameters = [p for p in self._runner.stage.parameters() if p.requires_grad]
         optimizer = self._work.optimizer(parameters) if parameters else None
+        rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
+        num_steps = self._work.num_steps(self._num_samples)
         total = BatchResult()
         samples_done = 0
         for step, indices in enumerate(self._batches(round)):
@@ -106,7 +112,12 @@ class StageTrainer:
             batch = self.batch(indices)
             result = self._runner.train_batch(batch, self._work.schedule, round=round, step=step)
             self._check(result, round, step)
+            self._runner.finish_gradients(round=round, step=step)
             if optimizer is not None:
+                progress = (round - 1 + step / num_steps) / max(round, self._work.num_rounds)
+                factor = self._work.learning_rate.factor(progress)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
                 optimizer.step()
             samples_done += len(indices)
             total = total + result

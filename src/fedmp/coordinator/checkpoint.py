@@ -60,8 +60,14 @@ class CheckpointStore:
         part = self._folder / f".round-{checkpoint.round:05d}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in checkpoint.state.items()}, part / "model.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in checkpoint.optimizer_tensors.items()}, part / "optimizer.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in checkpoint.state.items()},
+            part / "model.safetensors",
+        )
+        save_file(
+            {name: tensor.contiguous() for name, tensor in checkpoint.optimizer_tensors.items()},
+            part / "optimizer.safetensors",
+        )
         manifest = {
             "round": checkpoint.round,
             "fingerprint": checkpoint.fingerprint,

@@ -44,7 +44,9 @@ class GlobalModel:
             for name, spec in specs.items()
             if spec.kind == "parameter" and spec.requires_grad
         }
-        self._optimizer = optimizer(list(self._parameters.values())) if optimizer and self._parameters else None
+        self._optimizer = (
+            optimizer(list(self._parameters.values())) if optimizer and self._parameters else None
+        )
 
     def apply(self, update: Mapping[str, torch.Tensor]) -> None:
         """Make one server step with an aggregated update, which may lack tensors (buffers kept local)."""

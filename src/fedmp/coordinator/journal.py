@@ -137,7 +137,9 @@ class Journal:
         except SafetensorError as error:
             raise RefusedError(f"the body is not a safetensors file: {error}", status=422) from error
         except ValidationError as error:
-            raise RefusedError(f"the update's report is not valid: {error.errors()[0]['msg']}", status=422) from error
+            raise RefusedError(
+                f"the update's report is not valid: {error.errors()[0]['msg']}", status=422
+            ) from error
         _check_report(report)
         return report
 
@@ -176,9 +178,7 @@ class ClientUpdate(Mapping[str, torch.Tensor]):
     def __init__(self, paths: Sequence[Path]) -> None:
         self._bodies = [safe_open(path, framework="pt") for path in paths]
         self._home = {name: body for body in self._bodies for name in body.keys()}  # noqa: SIM118
-        self.reports = [
-            DeviceReport.model_validate_json(body.metadata()["report"]) for body in self._bodies
-        ]
+        self.reports = [DeviceReport.model_validate_json(body.metadata()["report"]) for body in self._bodies]
 
     @property
     def num_examples(self) -> int:

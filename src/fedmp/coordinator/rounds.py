@@ -141,7 +141,9 @@ def _wait(
         for client, report in board.progress().items():
             if told.get(client) != report.samples_done:
                 told[client] = report.samples_done
-                observe(Progress(report.round, client, report.samples_done, report.samples_total, report.loss))
+                observe(
+                    Progress(report.round, client, report.samples_done, report.samples_total, report.loss)
+                )
         if time.monotonic() > deadline_s:
             raise RoundError(_explain(board, cohort, timeout_s))
 
@@ -150,7 +152,11 @@ def _explain(board: Board, cohort: Sequence[str], timeout_s: float) -> str:
     missing = board.missing()
     silent = [
         f"{client} (stage {', '.join(map(str, stages))}) "
-        + (f"last heard {heard:.0f} s ago" if (heard := board.silent_s(client)) is not None else "never heard")
+        + (
+            f"last heard {heard:.0f} s ago"
+            if (heard := board.silent_s(client)) is not None
+            else "never heard"
+        )
         for client, stages in missing.items()
     ]
     return (

@@ -47,6 +47,7 @@ def train_centrally(prepared: Prepared, settings: Centralized) -> CentralizedRes
     started_s = time.monotonic()
     model = copy.deepcopy(prepared.model).train()
     optimizer = settings.optimizer([p for p in model.parameters() if p.requires_grad])
+    rates = [group["lr"] for group in optimizer.param_groups]
     batch_size = settings.batch_size or job.batch_size
     budget = _samples(prepared, settings)
     done, epoch = 0, 0
@@ -62,6 +63,8 @@ def train_centrally(prepared: Prepared, settings: Centralized) -> CentralizedRes
                     f"learning rate (centralized.optimizer.lr)"
                 )
             loss.backward()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * job.learning_rate.factor(done / budget)
             optimizer.step()
             done += len(indices)
             if done >= budget:

@@ -13,6 +13,7 @@ from torch import nn
 from fedmp.aggregate import Aggregator, WeightedMean
 from fedmp.data import IID, ArrayData, DataSource, Split
 from fedmp.errors import ConfigError
+from fedmp.learning_rate import Constant, LearningRate
 from fedmp.partition import Partitioner
 from fedmp.records import Observer, Plan, RoundRecord, Summary
 from fedmp.schedule import OneFOneB, Schedule
@@ -59,6 +60,8 @@ class Job:
         aggregator: how the clients' updates become one.
         optimizer: makes the client optimizer of a list of parameters, such as
             `functools.partial(torch.optim.SGD, lr=0.1)`.
+        learning_rate: how the client optimizer's rate changes over the run; holds for centralized
+            training as well.
         server_optimizer: makes the optimizer that follows the pseudo-gradient; None averages.
         partitioner: "uniform", "balanced", "exact", or an object with a `plan` method.
         schedule: of the pipeline.
@@ -82,6 +85,7 @@ class Job:
     strategy: Strategy = field(default_factory=FedAvg)
     aggregator: Aggregator = field(default_factory=WeightedMean)
     optimizer: OptimizerFactory = default_optimizer
+    learning_rate: LearningRate = field(default_factory=Constant)
     server_optimizer: OptimizerFactory | None = None
     partitioner: str | Partitioner = "balanced"
     schedule: Schedule = field(default_factory=OneFOneB)

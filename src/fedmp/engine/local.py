@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import multiprocessing.forkserver
+import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
@@ -84,7 +86,9 @@ class LocalEngine(Component):
         timeline: list[TimedAction] = []
 
         def keep_timeline(round: int, reports: Mapping[str, Sequence[DeviceReport]]) -> None:
-            timeline.extend(TimedAction(*row) for stages in reports.values() for r in stages for row in r.timeline)
+            timeline.extend(
+                TimedAction(*row) for stages in reports.values() for r in stages for row in r.timeline
+            )
 
         with CoordinatorService(board, journal, session.model, host=self.host, port=self.port) as service:
             processes = _Processes()
@@ -165,7 +169,9 @@ class _Processes:
     def check(self) -> None:
         """Raise if a device process died without a word; a moment is left for its last words to arrive."""
         for member, process in self._running:
-            if process.exitcode is not None and process.exitcode < 0:  # by a signal, which allows no last words
+            if (
+                process.exitcode is not None and process.exitcode < 0
+            ):  # by a signal, which allows no last words
                 name = signal.Signals(-process.exitcode).name
                 raise FederationError(
                     f"device {member.device} of {member.client} (stage {member.stage}) was killed by {name} (exit "
@@ -196,7 +202,16 @@ class _Processes:
 def _device_main(spec: DeviceSpec) -> None:
     # an interrupt at the terminal is the parent's to handle: it stops its devices in order
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="fedmp-parent", daemon=True).start()
     raise SystemExit(run_device(spec))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its devices, so they watch for its end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _members(prepared: Prepared) -> dict[str, Member]:

@@ -112,6 +112,8 @@ def prepare(job: Job) -> Prepared:
         local_steps=job.strategy.local_steps,
         seed=job.seed,
         evaluate_first=job.federated_evaluation,
+        learning_rate=job.learning_rate,
+        num_rounds=job.rounds,
     )
     plans: dict[str, tuple[Plan, list[StageBlueprint]]] = {}
     clients = {}

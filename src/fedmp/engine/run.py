@@ -74,7 +74,10 @@ def _run(
     prepared = prepare(job)
     model = GlobalModel(
         prepared.graph.state,
-        {name: tensor.detach().clone() for name, tensor in model_state(prepared.model, prepared.graph).items()},
+        {
+            name: tensor.detach().clone()
+            for name, tensor in model_state(prepared.model, prepared.graph).items()
+        },
         job.server_optimizer,
     )
     checkpoints = CheckpointStore(directory.path / "checkpoints")
@@ -198,7 +201,9 @@ def _summary(
         clients=len(prepared.clients),
         devices=sum(setup.plan.num_stages for setup in prepared.clients.values()),
         num_parameters=sum(
-            torch.Size(spec.shape).numel() for spec in prepared.graph.state.values() if spec.kind == "parameter"
+            torch.Size(spec.shape).numel()
+            for spec in prepared.graph.state.values()
+            if spec.kind == "parameter"
         ),
         final_accuracy=final,
         centralized_accuracy=central_accuracy,

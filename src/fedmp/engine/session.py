@@ -40,7 +40,7 @@ class Session:
     journal_folder: Path
     first_round: int
     started_s: float = field(default_factory=time.monotonic)
-    observe: Observer = lambda event: None  # noqa: E731
+    observe: Observer = lambda event: None
 
 
 @dataclass(frozen=True)

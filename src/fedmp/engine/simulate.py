@@ -38,8 +38,7 @@ class SimulateEngine(Component):
         simulation = _Simulation(session)
         startup_s = time.monotonic() - session.started_s
         records = tuple(
-            simulation.round(round)
-            for round in range(session.first_round, session.prepared.job.rounds + 1)
+            simulation.round(round) for round in range(session.first_round, session.prepared.job.rounds + 1)
         )
         return Outcome(records, startup_s)
 
@@ -68,7 +67,9 @@ class _Simulation:
             update, report = self._client(setup, round)
             updates.append(update)
             reports[setup.name] = (report,)
-        session.model.apply(job.aggregator.combine(updates, [float(r[0].num_examples) for r in reports.values()]))
+        session.model.apply(
+            job.aggregator.combine(updates, [float(r[0].num_examples) for r in reports.values()])
+        )
         traffic = [_traffic(setup, self._prepared) for setup in setups]
         record = make_record(round, reports, self._evaluate()).model_copy(
             update={

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,14 @@ import sympy
 import torch
 import torch.fx.experimental._config as shape_config
 from torch import nn
+from torch.distributions import Distribution
+from torch.nn.modules import transformer
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fedmp.errors import TraceError
 from fedmp.graph.batch import BATCH, in_batch
 from fedmp.graph.chance import DecideCertainBranches
+from fedmp.graph.leaf import LeafTracer
 from fedmp.graph.portable import to_plain
 
 __all__ = ["Exported", "FlatInputs", "export_mode", "flatten_inputs"]
@@ -84,18 +88,23 @@ def flatten_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     return FlatInputs(tensors, constants, spec, int(first.shape[0]))
 
 
-def export_mode(model: nn.Module, inputs: FlatInputs) -> Exported:
+def export_mode(model: nn.Module, inputs: FlatInputs, leaves: Mapping[str, nn.Module]) -> Exported:
     """Export a model in the mode that it is in.
+
+    Args:
+        model: the model.
+        inputs: example inputs.
+        leaves: modules that are not traced into, by path.
 
     Raises:
         TraceError: the forward cannot be traced; the message names the module and the reason.
     """
     dynamic = _dynamic_tensors(inputs, multiples=True)
-    exported = _export(model, inputs, dynamic)
+    exported = _export(model, inputs, leaves, dynamic)
     exact = _dynamic_tensors(inputs, multiples=False)
     if dynamic != exact and not _depends_on_batch_alone(exported, dynamic - exact):
         # a dim that happened to be a multiple of the batch size is something else
-        exported = _export(model, inputs, exact)
+        exported = _export(model, inputs, leaves, exact)
     return exported
 
 
@@ -124,7 +133,9 @@ def _symbols(size: Any) -> set[Any]:
     return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
-def _export(model: nn.Module, inputs: FlatInputs, dynamic: set[int]) -> Exported:
+def _export(
+    model: nn.Module, inputs: FlatInputs, leaves: Mapping[str, nn.Module], dynamic: set[int]
+) -> Exported:
     executing: list[tuple[str, nn.Module]] = []
     errors: list[Exception] = []
     device = next((tensor.device for tensor in model.state_dict(keep_vars=True).values()), None)
@@ -134,13 +145,21 @@ def _export(model: nn.Module, inputs: FlatInputs, dynamic: set[int]) -> Exported
     for is_oblivious in (True, False):
         executing.clear()
         result = _FlatForward(model, inputs)
+        opaque = LeafTracer(leaves)
         try:
             with (
                 _watch_calls(model, executing),
+                opaque.installed(),
                 result.installed(),
                 DecideCertainBranches(),
+                _unvalidated_distributions(),
+                _idle_conversions(model),
+                _explicit_masks(),
+                warnings.catch_warnings(),
                 shape_config.patch(backed_size_oblivious=is_oblivious),
             ):
+                # recurrent modules keep their weights in a list, too, which export restores
+                warnings.filterwarnings("ignore", message="The tensor attributes")
                 program = torch.export.export(
                     model, examples, dynamic_shapes={"tensors": dims}, strict=False
                 )
@@ -150,7 +169,8 @@ def _export(model: nn.Module, inputs: FlatInputs, dynamic: set[int]) -> Exported
             errors.append(error)
             continue
         hint = 2 if inputs.batch_size == 1 else inputs.batch_size
-        sizes, rules = _batch_rules(program, hint)
+        sizes, rules = _batch_rules(program, hint, is_oblivious)
+        opaque.resolve(program)
         assert result.out_spec is not None
         return Exported(program, result.out_spec, result.out_constants, sizes, rules)
     raise TraceError(_explain(model, executing, errors[-1])) from errors[-1]
@@ -206,7 +226,7 @@ def _example(tensor: torch.Tensor, batch_size: int, device: torch.device | None)
 
 
 def _batch_rules(
-    program: torch.export.ExportedProgram, hint: int
+    program: torch.export.ExportedProgram, hint: int, is_oblivious: bool
 ) -> tuple[dict[sympy.Symbol, sympy.Expr], tuple[Any, ...]]:
     """What the symbols stand for, and the guards that the trace relied on, in terms of the batch size."""
     sizes: dict[sympy.Symbol, sympy.Expr] = {}
@@ -223,14 +243,72 @@ def _batch_rules(
     rules: dict[Any, None] = {}
     for guard in environment.guards:
         expression = environment.replace(guard.expr)
+        if _is_operators_own(guard) and not isinstance(expression, sympy.Eq):
+            continue  # the operator itself handles a size of one
         if expression.free_symbols <= set(sizes):
             rule = in_batch(expression, sizes)
             if rule is not sympy.true and rule is not True:
                 rules[rule] = None
-    for symbol, bounds in environment.var_to_range.items():
-        if symbol in sizes and symbol not in environment.replacements and bounds.lower > 1:
-            rules[sizes[symbol] >= int(bounds.lower)] = None
+    if not is_oblivious:
+        rules[BATCH >= 2] = None
     return sizes, tuple(rules)
+
+
+def _is_operators_own(guard: Any) -> bool:
+    """Whether a guard comes from inside an operator rather than from Python code that branches on a size."""
+    place = getattr(guard.sloc, "framework_loc", None)
+    return "/torch/_" in getattr(place, "filename", str(place))
+
+
+@contextlib.contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """Checks of a distribution's parameters branch on tensor values."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+@contextlib.contextmanager
+def _explicit_masks() -> Iterator[None]:
+    """`nn.Transformer` looks into a mask's values to see whether it is causal, to choose a faster kernel."""
+    before = transformer._detect_is_causal_mask
+
+    def detect(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    transformer._detect_is_causal_mask = detect
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
+
+
+@contextlib.contextmanager
+def _idle_conversions(model: nn.Module) -> Iterator[None]:
+    """Let `module.to(dtype)` inside a forward pass when it changes nothing; torch refuses fake weights."""
+
+    def guarded(module: nn.Module) -> Any:
+        convert = type(module)._apply
+
+        def apply(fn: Any, recurse: bool = True) -> nn.Module:
+            tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+            if all(fn(tensor) is tensor for tensor in tensors):
+                return module
+            return convert(module, fn, recurse)
+
+        return apply
+
+    modules = list(model.modules())
+    for module in modules:
+        module.__dict__["_apply"] = guarded(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["_apply"]
 
 
 @contextlib.contextmanager

@@ -85,7 +85,11 @@ class ModeGraph:
         state: canonical state name by placeholder.
         inputs: placeholders of the tensor inputs, in flattened order; None where an input is not a tensor.
         constants: the values of non-tensor inputs, by flattened position.
-        submodules: graphs that some nodes call, such as the body of a `torch.no_grad()` block.
+        results: the flattened result: nodes, or constants.
+        out_spec: how the result is flattened.
+        submodules: what some nodes call: the body of a `torch.no_grad()` block, a leaf.
+        sizes: the symbols of the graph's shapes as expressions of the batch size.
+        rules: conditions on the batch size under which the graph is right.
         cuts: position in `nodes` before each layer, and the end: one more than there are layers.
     """
 
@@ -94,19 +98,17 @@ class ModeGraph:
     state: Mapping[fx.Node, str]
     inputs: tuple[fx.Node | None, ...]
     constants: Mapping[int, Any]
+    results: tuple[Any, ...]
+    out_spec: TreeSpec
     submodules: Mapping[str, nn.Module]
+    sizes: Mapping[Any, Any]
+    rules: tuple[Any, ...]
     cuts: tuple[int, ...]
 
     @cached_property
     def position(self) -> Mapping[fx.Node, int]:
         """Position of each computing node."""
         return {node: index for index, node in enumerate(self.nodes)}
-
-    @cached_property
-    def results(self) -> tuple[Any, ...]:
-        """The flattened outputs: nodes, or constants."""
-        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
-        return tuple(output.args[0])
 
     @cached_property
     def last_use(self) -> Mapping[fx.Node, int]:
@@ -148,7 +150,7 @@ class LayerGraph:
         constants: values of the state of kind "constant".
         layers: in graph order.
         train, eval: the two graphs; layer i spans nodes `cuts[i]:cuts[i + 1]` of each.
-        in_spec, out_spec: how (args, kwargs) and the result are flattened.
+        in_spec, out_spec: how (args, kwargs) and the train mode's result are flattened.
         batch_size: of the example inputs.
         fingerprint: equal for two traces of the same architecture.
     """

@@ -2,7 +2,7 @@
 
 A layer starts where a module with state of its own starts running, and carries along what follows
 without state (activations, additions, reshapes). A place is no layer boundary if a cut there would not
-be exact: a write through a view spans it, a tuple is alive across it, or a buffer that is updated is
+be exact: a write through a view spans it, a tuple or a tensor of unknown size is alive across it, or a buffer that is updated is
 used on both sides. The same boundaries are then found in the eval graph.
 """
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
 from fedmp.graph.functionalize import mutated_arguments
@@ -20,6 +22,8 @@ from fedmp.graph.layer_graph import Layer, ModeGraph, node_value
 __all__ = ["Layout", "Span", "find_layers"]
 
 Span = tuple[fx.Node, fx.Node]
+
+_LARGE = 0.25
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,11 @@ def find_layers(
     """
     owners = [_state_of(train, node) for node in train.nodes]
     paths = [_module_path(node) for node in train.nodes]
-    starts = _starts(paths, owners)
+    starts = _starts(paths, owners, train)
     to_eval = _align(train, evaluation)
     cuts = [(start, to_eval[start]) for start in starts]
-    forbidden_train = _forbidden(train, [*train_spans, *_tuple_spans(train), *_update_spans(train)])
-    forbidden_eval = _forbidden(evaluation, [*eval_spans, *_tuple_spans(evaluation), *_update_spans(evaluation)])
+    forbidden_train = _forbidden(train, [*train_spans, *_value_spans(train), *_update_spans(train)])
+    forbidden_eval = _forbidden(evaluation, [*eval_spans, *_value_spans(evaluation), *_update_spans(evaluation)])
     cuts = [
         cut
         for index, cut in enumerate(cuts)
@@ -67,16 +71,30 @@ def _module_path(node: fx.Node) -> str:
     return stack[-1] if stack and not stack[-1].startswith("_empty_nn_module_stack") else ""
 
 
-def _starts(paths: Sequence[str], owners: Sequence[tuple[str, ...]]) -> list[int]:
+def _starts(paths: Sequence[str], owners: Sequence[tuple[str, ...]], mode: ModeGraph) -> list[int]:
     """Positions where a run of one module's nodes starts, if some node of the run has state."""
-    runs: list[tuple[int, bool]] = []
+    runs: list[tuple[int, list[int]]] = []
     for index, path in enumerate(paths):
         if index == 0 or path != paths[index - 1]:
-            runs.append((index, False))
+            runs.append((index, []))
         if owners[index]:
-            runs[-1] = (runs[-1][0], True)
-    stateful = [start for start, has_state in runs if has_state]
-    return [0, *stateful[1:]]
+            runs[-1][1].append(index)
+    num_bytes = {mode.state[node]: _num_bytes(node) for node in mode.state}
+    whole = sum(num_bytes.values())
+    starts: list[int] = []
+    for start, stateful in runs:
+        own = {name for index in stateful for name in owners[index]}
+        if stateful:
+            starts.append(start)
+        # a module that holds much of the model by itself is cut inside, before each use of its tensors
+        if len(stateful) > 1 and sum(num_bytes[name] for name in own) > _LARGE * whole:
+            starts.extend(stateful[1:])
+    return [0, *(start for start in starts[1:] if start > 0)]
+
+
+def _num_bytes(node: fx.Node) -> int:
+    value = node_value(node)
+    return int(value.numel()) * int(value.dtype.itemsize) if isinstance(value, torch.Tensor) else 0
 
 
 def _align(train: ModeGraph, evaluation: ModeGraph) -> list[int]:
@@ -97,13 +115,22 @@ def _align(train: ModeGraph, evaluation: ModeGraph) -> list[int]:
     return aligned
 
 
-def _tuple_spans(mode: ModeGraph) -> Iterable[Span]:
-    """From each node that makes several values to the last node that takes one of them out."""
+def _value_spans(mode: ModeGraph) -> Iterable[Span]:
+    """From each node whose result cannot be sent to its last use."""
     for node in mode.nodes:
-        if isinstance(node_value(node), tuple | list) and node.users:
+        if not _can_be_sent(node_value(node), mode):
             users = [user for user in node.users if user in mode.position]
             if users:
                 yield node, max(users, key=mode.position.__getitem__)
+
+
+def _can_be_sent(value: Any, mode: ModeGraph) -> bool:
+    """Whether it is a number, or a strided tensor whose shape follows from the batch size."""
+    if not isinstance(value, torch.Tensor):
+        return not isinstance(value, tuple | list)
+    if value.layout is not torch.strided:
+        return False
+    return all(isinstance(size, int) or size.node.expr.free_symbols <= set(mode.sizes) for size in value.shape)
 
 
 def _update_spans(mode: ModeGraph) -> Iterable[Span]:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedmp.graph.batch import in_batch, size_at
 from fedmp.graph.layer_graph import LayerGraph, ModeGraph, StateSpec, node_value
 from fedmp.records import LayerProfile, Profile
 
@@ -57,9 +58,9 @@ def profile(graph: LayerGraph, *, batch_size: int | None = None, optimizer_copie
                     graph.state[name].num_bytes for name in layer.state if graph.state[name].kind != "parameter"
                 ),
                 activation_bytes=sum(cost.saved_bytes for cost in costs[start:stop]) / num_samples,
-                boundary_bytes=sum(_num_bytes(node, num_samples) for node in live) / num_samples,
+                boundary_bytes=sum(_num_bytes(node, mode, num_samples) for node in live) / num_samples,
                 gradient_bytes=sum(
-                    _num_bytes(node, num_samples) for node in live if node_value(node).dtype.is_floating_point
+                    _num_bytes(node, mode, num_samples) for node in live if node_value(node).dtype.is_floating_point
                 )
                 / num_samples,
             )
@@ -86,11 +87,13 @@ class _Cost:
 
 def _run(graph: LayerGraph, mode: ModeGraph, num_samples: int) -> list[_Cost]:
     """Run a graph on fake tensors, charging each call."""
-    values: dict[fx.Node, Any] = {node: _owned(graph.state[name]) for node, name in mode.state.items()}
+    values: dict[fx.Node, Any] = {
+        node: _owned(graph.state[name], node_value(node).device) for node, name in mode.state.items()
+    }
     known = {tensor.untyped_storage() for tensor in values.values()}
     for node in mode.inputs:
         if node is not None:
-            values[node] = _example(node_value(node), num_samples)
+            values[node] = _example(node_value(node), mode, num_samples)
     cost = _Cost()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -121,23 +124,20 @@ def _run(graph: LayerGraph, mode: ModeGraph, num_samples: int) -> list[_Cost]:
     return costs
 
 
-def _owned(spec: StateSpec) -> torch.Tensor:
-    return torch.empty(spec.shape, dtype=spec.dtype, requires_grad=spec.requires_grad)
+def _owned(spec: StateSpec, device: torch.device) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=device, requires_grad=spec.requires_grad)
 
 
-def _example(value: torch.Tensor, num_samples: int) -> torch.Tensor:
-    return torch.empty(_shape(value, num_samples), dtype=value.dtype)
+def _example(value: torch.Tensor, mode: ModeGraph, num_samples: int) -> torch.Tensor:
+    return torch.empty(_shape(value, mode, num_samples), dtype=value.dtype, device=value.device)
 
 
-def _shape(value: torch.Tensor, num_samples: int) -> list[int]:
+def _shape(value: torch.Tensor, mode: ModeGraph, num_samples: int) -> list[int]:
     """The shape of a symbolic tensor for a number of samples."""
-    shape = []
-    for size in value.shape:
-        if isinstance(size, torch.SymInt):
-            expression = size.node.expr
-            size = int(expression.xreplace(dict.fromkeys(expression.free_symbols, num_samples)))
-        shape.append(size)
-    return shape
+    return [
+        size if isinstance(size, int) else size_at(in_batch(size.node.expr, mode.sizes), num_samples)
+        for size in value.shape
+    ]
 
 
 def _arguments(node: fx.Node, mode: ModeGraph, values: dict[fx.Node, Any]) -> tuple[Any, dict[str, Any]]:
@@ -155,6 +155,6 @@ def _tensor_bytes(leaf: Any) -> int:
     return leaf.numel() * leaf.dtype.itemsize if isinstance(leaf, torch.Tensor) else 0
 
 
-def _num_bytes(node: fx.Node, num_samples: int) -> int:
+def _num_bytes(node: fx.Node, mode: ModeGraph, num_samples: int) -> int:
     value = node_value(node)
-    return torch.Size(_shape(value, num_samples)).numel() * int(value.dtype.itemsize)
+    return torch.Size(_shape(value, mode, num_samples)).numel() * int(value.dtype.itemsize)

@@ -7,70 +7,71 @@ tracing works on shapes alone, so a model on the meta device is traced like any 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import inspect
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import ConstantArgument, InputKind
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.export.graph_signature import InputKind
 
 from fedmp.errors import TraceError
+from fedmp.graph.export import Exported, FlatInputs, export_mode, flatten_inputs
 from fedmp.graph.functionalize import functionalize
 from fedmp.graph.layer_graph import LayerGraph, ModeGraph, StateSpec
 from fedmp.graph.layers import Span, find_layers
+from fedmp.graph.leaf import Chain, find_leaves
 
 __all__ = ["trace"]
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> LayerGraph:
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    leaves: Sequence[str] = (),
+) -> LayerGraph:
     """Trace a model's forward.
 
     Args:
-        model: any module whose forward takes tensors (and constants) and returns tensors, or tuples,
-            dicts or registered dataclasses of them. Neither it nor its mode is changed.
+        model: any module whose forward takes tensors (and constants) and returns tensors, or trees of
+            them: tuples, dicts, dataclasses, caches. Neither it nor its mode is changed.
         args: example positional inputs. The first dim of every tensor that has as many entries there
             as the first tensor is the batch; stages accept any batch size.
         kwargs: example keyword inputs.
+        leaves: path patterns (as in `fnmatch`) of modules that are not traced into. Each is one opaque
+            node, which runs the original module in its stage. The modules of a `Chain` are leaves.
 
     Returns:
         The graph with its layers and possible cuts.
 
     Raises:
-        TraceError: the forward cannot be traced; the message names the module and the reason.
+        TraceError: the forward cannot be traced; the message names the module, the reason and ways out.
+        ValueError: a leaf pattern matches no module.
 
     Example:
         >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.zeros(3, 4),))
         >>> [layer.name for layer in graph.layers]
         ['0', '2']
     """
-    kwargs = dict(kwargs or {})
-    batch_size = _batch_size(model, args, kwargs)
+    inputs = flatten_inputs(model, args, kwargs or {})
     state = _state_specs(model)
+    opaque = find_leaves(model, [*leaves, "*"] if isinstance(model, Chain) else leaves)
     was_training = {name: module.training for name, module in model.named_modules()}
     try:
         programs = {}
         for training in (True, False):
             model.train(training)
-            programs[training] = _export(model, args, kwargs, batch_size)
+            programs[training] = export_mode(model, inputs, opaque)
     finally:
         for name, module in model.named_modules():
             module.training = was_training[name]
     constants: dict[str, torch.Tensor] = {}
-    train, train_spans = _mode_graph(programs[True], state, constants)
-    evaluation, eval_spans = _mode_graph(programs[False], state, constants)
+    train, train_spans = _mode_graph(programs[True], inputs, state, constants)
+    evaluation, eval_spans = _mode_graph(programs[False], inputs, state, constants)
     layout = find_layers(train, train_spans, evaluation, eval_spans)
-    out_spec = programs[True].call_spec.out_spec
-    if out_spec != programs[False].call_spec.out_spec:
-        raise TraceError(
-            f"{type(model).__name__} returns another structure in train than in eval mode "
-            f"({out_spec} and {programs[False].call_spec.out_spec}); return the same in both"
-        )
     return LayerGraph(
         model_name=type(model).__name__,
         state=state,
@@ -78,22 +79,11 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         layers=layout.layers,
         train=dataclasses.replace(train, cuts=layout.train_cuts),
         eval=dataclasses.replace(evaluation, cuts=layout.eval_cuts),
-        in_spec=programs[True].call_spec.in_spec,
-        out_spec=out_spec,
-        batch_size=batch_size,
+        in_spec=inputs.spec,
+        out_spec=train.out_spec,
+        batch_size=inputs.batch_size,
         fingerprint=_fingerprint(state, train),
     )
-
-
-def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-    first = next((tensor for tensor in tensors if tensor.dim() > 0), None)
-    if first is None or first.shape[0] == 0:
-        raise TraceError(
-            f"tracing {type(model).__name__} needs at least one example tensor with a batch dim and one "
-            f"sample, not {[tuple(tensor.shape) for tensor in tensors]}"
-        )
-    return int(first.shape[0])
 
 
 def _state_specs(model: nn.Module) -> dict[str, StateSpec]:
@@ -122,95 +112,18 @@ def _state_specs(model: nn.Module) -> dict[str, StateSpec]:
     return specs
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int
-) -> torch.export.ExportedProgram:
-    device = next((tensor.device for tensor in model.state_dict(keep_vars=True).values()), None)
-
-    def example(leaf: Any) -> Any:
-        # fresh tensors: two inputs that are one object would be traced as one input
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        shape = list(leaf.shape)
-        if batch_size == 1 and leaf.dim() > 0 and shape[0] == 1:
-            shape[0] = 2  # a size of one would be taken for a constant
-        return torch.empty(shape, dtype=leaf.dtype, device=device or leaf.device)
-
-    def dynamic(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch_size:
-            return {0: torch.export.Dim.AUTO}
-        return None
-
-    executing: list[tuple[str, nn.Module]] = []
-    try:
-        with _watch_calls(model, executing):
-            return torch.export.export(
-                model,
-                tree_map(example, args),
-                tree_map(example, kwargs),
-                dynamic_shapes=_dynamic_shapes(model, args, kwargs, dynamic),
-                strict=False,
-            )
-    except Exception as error:  # torch.export raises its own, the model's, and its dependencies' errors
-        raise TraceError(_explain(model, executing, error)) from error
-
-
-def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Any:
-    signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise TraceError(
-            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
-        ) from error
-    return tree_map(dynamic, dict(bound))
-
-
-@contextlib.contextmanager
-def _watch_calls(model: nn.Module, executing: list[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Keep the stack of modules whose forward is running, so that an error can be placed."""
-    handles = []
-    for name, module in model.named_modules():
-        entry = (name, module)
-        handles.append(module.register_forward_pre_hook(lambda *_, entry=entry: executing.append(entry)))
-        handles.append(module.register_forward_hook(lambda *_: executing.pop() and None))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _explain(model: nn.Module, executing: list[tuple[str, nn.Module]], error: Exception) -> str:
-    name, module = executing[-1] if executing else ("", model)
-    where = f"module {name!r} ({type(module).__name__})" if name else f"{type(model).__name__}.forward"
-    line = ""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if "/torch/" not in frame.filename and "/fedmp/graph/" not in frame.filename and frame.line:
-            line = f", at `{frame.line}` ({frame.filename}:{frame.lineno})"
-            break
-    reason = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
-    return (
-        f"cannot trace {type(model).__name__}: {where}{line}: {reason.strip()[:300]}; the forward must be a "
-        f"fixed sequence of tensor operations: no branches on tensor values, no .item(), no NumPy"
-    )
-
-
 def _mode_graph(
-    program: torch.export.ExportedProgram, state: dict[str, StateSpec], constants: dict[str, torch.Tensor]
+    exported: Exported, inputs: FlatInputs, state: dict[str, StateSpec], constants: dict[str, torch.Tensor]
 ) -> tuple[ModeGraph, list[Span]]:
     canonical = {alias: spec.name for spec in state.values() for alias in spec.aliases}
+    program = exported.program
     graph = program.graph_module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     owned: dict[fx.Node, str] = {}
-    inputs: list[fx.Node | None] = []
-    fixed: dict[int, Any] = {}
+    tensors: list[fx.Node] = []
     for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
-        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, ConstantArgument):
-            fixed[len(inputs)] = spec.arg.value
-            inputs.append(None)
-        elif spec.kind is InputKind.USER_INPUT:
-            inputs.append(node)
+        if spec.kind is InputKind.USER_INPUT:
+            tensors.append(node)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             owned[node] = canonical[str(spec.target)]
         elif spec.kind is InputKind.CONSTANT_TENSOR:
@@ -219,13 +132,36 @@ def _mode_graph(
         else:
             raise TraceError(f"input {node.name} of kind {spec.kind.name} is not a tensor; pass tensors only")
     spans = functionalize(graph, set(owned))
-    nodes = tuple(node for node in graph.nodes if node.op == "call_function")
+    nodes = tuple(node for node in graph.nodes if node.op in ("call_function", "call_module"))
     submodules = {
         str(node.target): program.graph_module.get_submodule(str(node.target))
         for node in graph.nodes
-        if node.op == "get_attr"
+        if node.op in ("get_attr", "call_module")
     }
-    return ModeGraph(graph, nodes, owned, tuple(inputs), fixed, submodules, cuts=()), spans
+    given = iter(tensors)
+    places = range(inputs.spec.num_leaves)
+    mode = ModeGraph(
+        graph=graph,
+        nodes=nodes,
+        state=owned,
+        inputs=tuple(None if place in inputs.constants else next(given) for place in places),
+        constants=inputs.constants,
+        results=_results(exported, graph),
+        out_spec=exported.out_spec,
+        submodules=submodules,
+        sizes=exported.sizes,
+        rules=exported.rules,
+        cuts=(),
+    )
+    return mode, spans
+
+
+def _results(exported: Exported, graph: fx.Graph) -> tuple[Any, ...]:
+    """The flattened result: nodes, and constants where the model returned something else than tensors."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    made = iter(output.args[0])
+    fixed = exported.out_constants
+    return tuple(fixed[i] if i in fixed else next(made) for i in range(exported.out_spec.num_leaves))
 
 
 def _add_constant(

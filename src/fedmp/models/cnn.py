@@ -9,7 +9,7 @@ __all__ = ["CNN"]
 
 
 class CNN(nn.Module):
-    """Two 5x5 convolutions with pooling, a 3x3 convolution, then two fully connected layers.
+    """A 5x5 and a 3x3 convolution with pooling, another 3x3 one, then two fully connected layers.
 
     Args:
         image_size: pixels along one side; a multiple of 4.
@@ -23,13 +23,13 @@ class CNN(nn.Module):
         self,
         image_size: int = 28,
         in_channels: int = 1,
-        widths: tuple[int, int, int] = (16, 32, 32),
+        widths: tuple[int, int, int] = (8, 16, 32),
         hidden: int = 128,
         num_classes: int = 10,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 5, padding=2)
-        self.conv2 = nn.Conv2d(widths[0], widths[1], 5, padding=2)
+        self.conv2 = nn.Conv2d(widths[0], widths[1], 3, padding=1)
         self.conv3 = nn.Conv2d(widths[1], widths[2], 3, padding=1)
         self.pool = nn.MaxPool2d(2)
         self.hidden = nn.Linear(widths[2] * (image_size // 4) ** 2, hidden)

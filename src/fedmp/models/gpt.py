@@ -35,9 +35,7 @@ class Block(nn.Module):
         x_ntd = x_ntd + F.dropout(
             self.out(mixed.transpose(1, 2).reshape(num, length, width)), self.dropout, self.training
         )
-        return x_ntd + F.dropout(
-            self.down(F.gelu(self.up(self.norm2(x_ntd)))), self.dropout, self.training
-        )
+        return x_ntd + F.dropout(self.down(F.gelu(self.up(self.norm2(x_ntd)))), self.dropout, self.training)
 
 
 class GPT(nn.Module):

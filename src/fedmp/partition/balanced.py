@@ -11,11 +11,11 @@ from fedmp.component import Component
 from fedmp.partition.build import check_devices
 from fedmp.partition.coarse import coarse_positions
 from fedmp.partition.estimate import cost_model
-from fedmp.partition.lattice import fixed_order, fixed_order_counted
+from fedmp.partition.lattice import fixed_order
 from fedmp.partition.problem import make_problem
 from fedmp.partition.remedy import infeasible
 from fedmp.partition.search import SCHEDULE_PATTERN, plan_of, search
-from fedmp.partition.space import Space
+from fedmp.partition.space import Space, told_apart
 from fedmp.records import Plan, Profile
 from fedmp.topology import Device, Links
 
@@ -58,9 +58,7 @@ class Balanced(Component):
         """
         check_devices(devices)
         costs = cost_model(profile, num_microbatches)
-        num_units = len(costs.positions()) - 1
-        places = range(len(devices))
-        lattice = fixed_order(places) if self.schedule == "gpipe" else fixed_order_counted(places, num_units)
+        lattice = fixed_order(range(len(devices)), told_apart(self.schedule, num_microbatches))
         few = coarse_positions(costs, math.isqrt(_MAX_CELLS // lattice.num_states))
         for positions in (few, costs.positions()):
             problem = make_problem(costs, devices, links, positions=positions, merge_devices=False)

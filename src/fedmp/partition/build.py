@@ -165,9 +165,12 @@ def _stage_plan(
 def _check_memory(stages: Sequence[StagePlan], microbatch_size: int, schedule: str) -> None:
     for index, stage in enumerate(stages):
         if stage.memory_bytes > stage.device_memory_bytes:
+            needed, limit = format_bytes(stage.memory_bytes), format_bytes(stage.device_memory_bytes)
+            if needed == limit:
+                needed, limit = f"{stage.memory_bytes:,} B", f"{stage.device_memory_bytes:,} B"
             raise InfeasibleError(
-                f"stage {index} needs {format_bytes(stage.memory_bytes)} but device {stage.device!r} has "
-                f"{format_bytes(stage.device_memory_bytes)}; {_way_out(microbatch_size, schedule)}"
+                f"stage {index} needs {needed} but device {stage.device!r} has {limit}; "
+                f"{_way_out(microbatch_size, schedule)}"
             )
 
 

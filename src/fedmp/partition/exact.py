@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from pydantic import Field
@@ -13,17 +14,18 @@ from fedmp.partition.build import check_devices
 from fedmp.partition.coarse import coarse_positions
 from fedmp.partition.estimate import CostModel, cost_model
 from fedmp.partition.lattice import any_order, count_any_order
-from fedmp.partition.neighbourhood import search_nearby, window_lattice
+from fedmp.partition.neighbourhood import search_few_orders, search_nearby
 from fedmp.partition.problem import Problem, make_problem
 from fedmp.partition.remedy import infeasible
 from fedmp.partition.search import SCHEDULE_PATTERN, plan_of, search
-from fedmp.partition.space import Found, Space
+from fedmp.partition.space import Found, Space, told_apart
+from fedmp.partition.window import window_lattice
 from fedmp.records import Plan, Profile
 from fedmp.topology import Device, Links
 
 __all__ = ["Exact"]
 
-_FEW_POSITIONS = 49  # for a neighbourhood search
+_FEW_POSITIONS = 101  # for a neighbourhood search, at most
 _LEAST_POSITIONS = 33  # fewer are not worth an exact search
 
 
@@ -38,11 +40,12 @@ class Exact(Component):
     and the event simulator (`onefoneb.py`).
 
     What is guaranteed: `plan.bound_s` is a lower bound on the step time of every plan, so `plan.gap` is how
-    far from optimal the plan can be, and a gap of 0 is a proof. The gap is 0 for up to about 8 different
-    devices, or many of a few kinds, and some 50 layers, except for some 1F1B problems whose links take
-    longer than their stages: there `max_expansions` ends the search first. Where even one dynamic program
-    would be larger than `max_cells`, cuts are taken from fewer places, or a neighbourhood search replaces
-    the exact one; the bound then comes from `bound.py` and is loose.
+    far from optimal the plan can be at most, and a gap of 0 is a proof. Under GPipe that is the rule for 8
+    different devices, or more of a few kinds, and 50 layers. Under 1F1B it is the rule for 20 layers and 8
+    different devices; beyond, `max_expansions` may end the search with a gap of a percent or two, more
+    where links take longer than stages. Where even one dynamic program would be larger than `max_cells`,
+    cuts are taken from fewer places, or a neighbourhood search (`neighbourhood.py`) replaces the exact
+    one: the plan is good, but the bound is then that of `bound.py`, and loose.
 
     Args:
         schedule: "gpipe", "1f1b" or "1f1b-short".
@@ -52,7 +55,7 @@ class Exact(Component):
 
     schedule: str = Field(default="1f1b", pattern=SCHEDULE_PATTERN)
     max_expansions: int = Field(default=3000, ge=1)
-    max_cells: int = Field(default=40_000_000, ge=1)
+    max_cells: int = Field(default=20_000_000, ge=1)
 
     def plan(
         self, profile: Profile, devices: Sequence[Device], links: Links, *, num_microbatches: int
@@ -72,7 +75,7 @@ class Exact(Component):
         check_devices(devices)
         costs = cost_model(profile, num_microbatches)
         problem = make_problem(costs, devices, links)
-        num_states = count_any_order([len(kind) for kind in problem.kinds])
+        num_states = int(count_any_order([len(kind) for kind in problem.kinds])[-1])
         num_positions = math.isqrt(self.max_cells // num_states)
         if len(problem.positions) <= num_positions:
             found = self._search_all(problem)
@@ -89,7 +92,7 @@ class Exact(Component):
     def _search_all(self, problem: Problem) -> Found:
         """The best choice under any of the schedules, with a bound for all of them."""
         lattice = any_order([len(kind) for kind in problem.kinds], problem.num_units)
-        best = Found(None, self.schedule, np.inf, np.inf)
+        best = replace(search_few_orders(problem, self.schedule), bound_s=np.inf)
         for schedule in self._schedules:
             space = Space(problem, lattice, schedule)
             found = search(space, max_expansions=self.max_expansions, limit_s=best.step_s)
@@ -112,7 +115,7 @@ class Exact(Component):
     def _search_nearby(self, problem: Problem) -> Found:
         """With the first of the schedules under which anything is found to fit."""
         for schedule in self._schedules:
-            found = search_nearby(problem, schedule, max_cells=self.max_cells)
+            found = search_nearby(problem, schedule, max_turns=self.max_expansions // 125)
             if found.choice is not None:
                 break
         return found
@@ -120,7 +123,8 @@ class Exact(Component):
     def _refined(self, coarse: Problem, problem: Problem, found: Found) -> tuple[Problem, Found]:
         """The same devices in the same order, cut at any place."""
         assert found.choice is not None
-        lattice = window_lattice(found.choice.kinds, slice(0, 0), [])
+        apart = told_apart(found.schedule, problem.costs.num_microbatches)
+        lattice = window_lattice(found.choice.kinds, slice(0, 0), [], apart)
         space = Space(problem, lattice, found.schedule)
         finer = search(space, max_expansions=self.max_expansions // 10, limit_s=found.step_s)
         chosen, where = (finer, problem) if finer.choice else (found, coarse)

@@ -8,7 +8,6 @@ multiset of kinds that runs the rest and each first kind in it; a fixed order, f
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,7 +23,6 @@ __all__ = [
     "any_order",
     "count_any_order",
     "fixed_order",
-    "fixed_order_counted",
     "make_lattice",
 ]
 
@@ -38,7 +36,8 @@ class Lattice:
 
     Attributes:
         kinds: shape (states,); the kind of device that runs the state's own stage.
-        behind: shape (states,); stages from this one to the end, itself included; 0 where it varies.
+        behind: shape (states,); stages from this one to the end, itself included, or more where the
+            number makes no difference.
         successors: shape (states, width); states of the next stage, -1 where there are fewer.
         may_end: shape (states,); whether the pipeline may end with this stage.
         groups: slices of states that do not follow each other; successors are in earlier slices.
@@ -81,47 +80,41 @@ def any_order(counts: Sequence[int], max_stages: int) -> Lattice:
     return make_lattice(keys, kind=lambda key: key[1], behind=lambda key: sum(key[0]), followers=followers)
 
 
-def count_any_order(counts: Sequence[int]) -> int:
-    """States that `any_order` makes without a limit on stages, without making them."""
-    multisets = math.prod(count + 1 for count in counts)
-    return sum(multisets * count // (count + 1) for count in counts)
+def count_any_order(counts: Sequence[int]) -> IntArray:
+    """States that `any_order` makes for 0, 1, 2, ... stages at most, without making them."""
+    # Multisets by size, and those that have a certain device, as products of 1 + x + x^2 + ...
+    states = np.zeros(sum(counts) + 1, dtype=np.float64)
+    for first in range(len(counts)):
+        by_size = np.ones(1)
+        for kind, count in enumerate(counts):
+            by_size = np.convolve(by_size, [0.0 if kind == first else 1.0, *[1.0] * count])
+        states += by_size
+    return np.cumsum(np.minimum(states, 1e15)).astype(np.int64)
 
 
-def fixed_order(kinds: Sequence[int]) -> Lattice:
-    """Every choice of devices in the order given, without counting stages.
-
-    Enough where a stage's memory does not depend on the number of stages behind it, as in GPipe.
-
-    Args:
-        kinds: of each device, in order.
-    """
-    return make_lattice(
-        range(len(kinds) - 1, -1, -1),
-        kind=lambda device: kinds[device],
-        behind=lambda device: 0,
-        followers=lambda device: range(device + 1, len(kinds)),
-        may_end=lambda device: True,
-        group=lambda device: device,
-    )
-
-
-def fixed_order_counted(kinds: Sequence[int], max_stages: int) -> Lattice:
-    """Every choice of devices in the order given, by number of stages.
+def fixed_order(kinds: Sequence[int], num_told_apart: int) -> Lattice:
+    """Every choice of devices in the order given.
 
     Args:
         kinds: of each device, in order.
-        max_stages: stages of a plan at most.
+        num_told_apart: from so many stages behind on, a stage's memory no longer depends on how many
+            there are, and they share states; 1 under GPipe.
     """
-    keys = [
-        (behind, device)
-        for behind in range(1, min(len(kinds), max_stages) + 1)
-        for device in range(len(kinds) - behind + 1)
-    ]
+    last = max(1, min(num_told_apart, len(kinds)))
+    keys = [(behind, device) for behind in range(1, last) for device in range(len(kinds) - 1, -1, -1)]
+    keys += [(last, device) for device in range(len(kinds) - 1, -1, -1)]
+
+    def followers(key: tuple[int, int]) -> list[tuple[int, int]]:
+        behind, device = key
+        depths = {max(1, behind - 1), behind} if behind == last else {behind - 1}
+        return [(depth, later) for depth in sorted(depths) for later in range(device + 1, len(kinds))]
+
     return make_lattice(
         keys,
         kind=lambda key: kinds[key[1]],
         behind=lambda key: key[0],
-        followers=lambda key: [(key[0] - 1, later) for later in range(key[1] + 1, len(kinds))],
+        followers=followers,
+        group=lambda key: key if key[0] == last else key[0],
     )
 
 
@@ -131,28 +124,25 @@ def make_lattice(
     kind: Callable[[Key], int],
     behind: Callable[[Key], int],
     followers: Callable[[Key], Iterable[Key]],
-    may_end: Callable[[Key], bool] | None = None,
-    group: Callable[[Key], int] | None = None,
+    group: Callable[[Key], Hashable] | None = None,
 ) -> Lattice:
     """Build a lattice from rules.
 
     Args:
         keys: the states, each after those that may follow it.
-        kind, behind: of a state.
+        kind, behind: of a state; with 1 behind, a pipeline may end.
         followers: states that may follow; those that are not among `keys` are left out.
-        may_end: whether a state may be the last stage; by default, those with one stage behind.
         group: states that are next to each other and equal in this do not follow each other; by
             default, `behind`.
     """
     listed = list(keys)
-    ends, grouping = may_end or (lambda key: behind(key) == 1), group or behind
     index = {key: position for position, key in enumerate(listed)}
     rows = [[index[follower] for follower in followers(key) if follower in index] for key in listed]
     successors = np.full((len(listed), max(1, *map(len, rows), 1)), -1, dtype=np.int64)
     for row, found in enumerate(rows):
         successors[row, : len(found)] = found
     slices, start = [], 0
-    for _, members in itertools.groupby(listed, key=grouping):
+    for _, members in itertools.groupby(listed, key=group or behind):
         stop = start + len(list(members))
         slices.append(slice(start, stop))
         start = stop
@@ -160,6 +150,6 @@ def make_lattice(
         kinds=np.asarray([kind(key) for key in listed], dtype=np.int64),
         behind=np.asarray([behind(key) for key in listed], dtype=np.int64),
         successors=successors,
-        may_end=np.asarray([ends(key) for key in listed]),
+        may_end=np.asarray([behind(key) == 1 for key in listed]),
         groups=tuple(slices),
     )

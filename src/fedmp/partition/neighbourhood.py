@@ -8,118 +8,89 @@ until none improves it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
-from fedmp.partition.lattice import Lattice, fixed_order, fixed_order_counted, make_lattice
+from fedmp.partition.lattice import (
+    any_order,
+    count_any_order,
+    fixed_order,
+)
 from fedmp.partition.problem import Problem
 from fedmp.partition.search import search
-from fedmp.partition.space import Found, Space
+from fedmp.partition.space import Found, Space, told_apart
+from fedmp.partition.window import window_lattice
 
-__all__ = ["search_nearby", "window_lattice"]
+__all__ = ["search_few_orders", "search_nearby"]
 
 _WINDOW = 3  # stages that are freed at once
 _SPARES = 2  # unused devices that are offered to them
-_EXPANSIONS = {"gpipe": 100, "1f1b": 30, "1f1b-short": 30}  # of each search
-_EXPANSION_CELLS = 8000  # as long as an expansion takes
+_EXPANSIONS = {"gpipe": 60, "1f1b": 30, "1f1b-short": 30}  # of each window
+_START_EXPANSIONS = 200  # of each start: as `Balanced` does, so as not to be worse
+_FEW_CELLS = 5_000_000  # of a dynamic program over any order of few devices
 
 
-def search_nearby(problem: Problem, schedule: str, *, max_cells: int) -> Found:
+def search_few_orders(problem: Problem, schedule: str) -> Found:
+    """Find the best choice among a few fixed orders of all devices, any of which may be left out.
+
+    Args:
+        problem: with any number of devices.
+        schedule: "gpipe", "1f1b" or "1f1b-short".
+    """
+    best = Found(None, schedule, np.inf, 0.0)
+    for order in _orders(problem):
+        space = Space(
+            problem, fixed_order(order, told_apart(schedule, problem.costs.num_microbatches)), schedule
+        )
+        found = search(space, max_expansions=_START_EXPANSIONS, limit_s=best.step_s)
+        best = found if found.choice else best
+    return replace(best, bound_s=0.0)
+
+
+def search_nearby(problem: Problem, schedule: str, *, max_turns: int) -> Found:
     """Find a good choice, with no claim to the best: `bound_s` is 0.
 
     Args:
         problem: with any number of devices.
         schedule: "gpipe", "1f1b" or "1f1b-short".
-        max_cells: when to stop: about the size of all dynamic programs together.
+        max_turns: windows to try at most.
     """
-    best, spent = _best_start(problem, schedule)
-    turn = since_better = 0
-    while best.choice is not None and since_better < len(best.choice.kinds) and spent < max_cells:
+    best = _search_few_stages(problem, search_few_orders(problem, schedule))
+    apart = told_apart(schedule, problem.costs.num_microbatches)
+    since_better = 0
+    for turn in range(max_turns):
+        if best.choice is None or since_better >= len(best.choice.kinds):
+            break
         order = best.choice.kinds
         window, spares = _window(turn, len(order)), _spares(problem, order, turn)
-        space = Space(problem, window_lattice(order, window, spares), schedule)
+        space = Space(problem, window_lattice(order, window, spares, apart), schedule)
         # Only what is clearly faster counts, so that rounding cannot keep the search going.
         found = search(space, max_expansions=_EXPANSIONS[schedule], limit_s=best.step_s * (1 - 1e-9))
         best, since_better = (found, 0) if found.choice else (best, since_better + 1)
-        spent += space.num_cells + _EXPANSIONS[schedule] * _EXPANSION_CELLS
-        turn += 1
     return replace(best, bound_s=0.0)
 
 
-class _Key(NamedTuple):
-    """A state of a window's lattice: `behind` comes first, so that sorting puts followers before."""
-
-    behind: int
-    kind: int
-    part: str
-    detail: tuple[int, ...]
-
-
-def window_lattice(order: Sequence[int], window: slice, spares: Sequence[int]) -> Lattice:
-    """A pipeline's devices, those in a window free to change order, to leave, and to be replaced.
-
-    Args:
-        order: kinds of the pipeline's stages.
-        window: the stages that are free; none, for a pipeline whose cuts alone are free.
-        spares: kinds of unused devices that the window may take in, once for each device.
-    """
-    before, after = list(order[: window.start])[::-1], list(order[window.stop :])[::-1]
-    pool = [*order[window], *spares]
-    kinds = sorted(set(pool))
-    multisets = list(itertools.product(*(range(pool.count(kind) + 1) for kind in kinds)))
-    tail = [_Key(place + 1, kind, "after", (place,)) for place, kind in enumerate(after)]
-    middle = {used: _heads(used, kinds, len(after)) for used in multisets}
-    head = [
-        _Key(len(after) + taken + place + 1, kind, "before", (place, taken))
-        for taken in range(len(pool) + 1)
-        for place, kind in enumerate(before)
-    ]
-
-    def followers(key: _Key) -> list[_Key]:
-        if key.part == "before" and key.detail[0] > 0:
-            place, taken = key.detail
-            return [_Key(key.behind - 1, before[place - 1], "before", (place - 1, taken))]
-        if key.part == "before" and key.detail[1] > 0:
-            return [
-                state for used, states in middle.items() if sum(used) == key.detail[1] for state in states
-            ]
-        if key.part == "window" and sum(key.detail) > 1:
-            own = kinds.index(key.kind)
-            return middle[(*key.detail[:own], key.detail[own] - 1, *key.detail[own + 1 :])]
-        place = key.detail[0] if key.part == "after" else len(after)
-        return tail[place - 1 : place] if place > 0 else []
-
-    keys = sorted([*tail, *itertools.chain.from_iterable(middle.values()), *head])
-    return make_lattice(keys, kind=lambda key: key.kind, behind=lambda key: key.behind, followers=followers)
+def _search_few_stages(problem: Problem, best: Found) -> Found:
+    """Any order of so few devices that the search is small; better than nothing where kinds are few."""
+    counts = [len(members) for members in problem.kinds]
+    affordable = _FEW_CELLS // (problem.num_units + 1) ** 2
+    max_stages = int(np.searchsorted(count_any_order(counts), affordable, side="right")) - 1
+    if max_stages <= _WINDOW:
+        return best
+    space = Space(problem, any_order(counts, max_stages), best.schedule)
+    found = search(space, max_expansions=_EXPANSIONS[best.schedule], limit_s=best.step_s)
+    return found if found.choice else best
 
 
-def _heads(used: tuple[int, ...], kinds: Sequence[int], num_after: int) -> list[_Key]:
-    """The states of a multiset of the window's devices: one for each kind that may come first."""
-    return [
-        _Key(num_after + sum(used), kind, "window", used)
-        for kind, count in zip(kinds, used, strict=True)
-        if count > 0
-    ]
-
-
-def _best_start(problem: Problem, schedule: str) -> tuple[Found, int]:
-    """The best choice among a few fixed orders of all devices, and the cells it took."""
-    best, spent = Found(None, schedule, np.inf, 0.0), 0
-    places = [kind for kind, members in enumerate(problem.kinds) for _ in members]
-    fastest = sorted(places, key=lambda kind: -problem.device_of(kind).flops_per_s)
+def _orders(problem: Problem) -> list[tuple[int, ...]]:
+    """All devices' kinds: as given, the fastest first, the largest first."""
+    kind_of = {device: kind for kind, members in enumerate(problem.kinds) for device in members}
+    given = [kind_of[index] for index in range(len(problem.devices))]
+    fastest = sorted(given, key=lambda kind: -problem.device_of(kind).flops_per_s)
     largest = sorted(fastest, key=lambda kind: -problem.device_of(kind).memory_bytes)
-    for order in (fastest, largest):
-        max_stages = problem.num_units
-        lattice = fixed_order(order) if schedule == "gpipe" else fixed_order_counted(order, max_stages)
-        space = Space(problem, lattice, schedule)
-        found = search(space, max_expansions=_EXPANSIONS[schedule], limit_s=best.step_s)
-        best = found if found.choice else best
-        spent += space.num_cells
-    return best, spent
+    return list(dict.fromkeys(tuple(order) for order in (given, fastest, largest)))
 
 
 def _window(turn: int, num_stages: int) -> slice:

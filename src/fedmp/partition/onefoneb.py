@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from fedmp.partition.estimate import Array
 from fedmp.partition.events import step_s
+from fedmp.partition.polish import polish
 from fedmp.partition.problem import BoolArray
 from fedmp.partition.space import Choice, Found, Space
 from fedmp.partition.sweep import Bounds, least_bounds, span_s
 
 __all__ = ["search_1f1b"]
+
+# Best first alone may take long to complete anything: follow every so many-th node to its end at once.
+_DIVE_EVERY = 16
+_POLISH_TURNS = 8
+_PROMISING = 1.03  # times the best step: worth polishing
 
 
 class _Stage(NamedTuple):
@@ -34,16 +41,33 @@ class _Stage(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """Decided stages, and the state and unit that the next one starts from. Ordered by what comes first."""
+    """Decided stages, and the state and unit that the next one starts from."""
 
     bound_s: float
-    total_s: float
-    serial: int
     state: int
     edges: tuple[int, ...]
     kinds: tuple[int, ...]
     before_s: float
     decided: tuple[_Stage, ...]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The ways to go on from one node, the most promising first; made into nodes one by one, when needed."""
+
+    bounds: Array
+    totals: Array
+    child: Callable[[int], _Node]
+
+
+class _Entry(NamedTuple):
+    """A member of a family on the heap. Equal bounds are told apart by the least total, then by age."""
+
+    bound_s: float
+    total_s: float
+    serial: int
+    family: _Family
+    member: int
 
 
 def search_1f1b(space: Space, *, max_expansions: int, limit_s: float = np.inf) -> Found:
@@ -54,62 +78,80 @@ def search_1f1b(space: Space, *, max_expansions: int, limit_s: float = np.inf) -
         max_expansions: partial choices to extend at most; the bound says how much was left to prove.
         limit_s: only choices faster than this are wanted.
     """
-    search = _Search(space)
-    nodes = search.roots(limit_s)
-    # A dive along the least bounds first: there is an answer, however few expansions are allowed.
-    best = _better(space, search.dive(nodes[0]) if nodes else None, None, limit_s)
-    for _ in range(max_expansions):
-        if not nodes or nodes[0].bound_s >= best.step_s:
+    search = _Search(space, limit_s)
+    search.add(search.roots(limit_s))
+    best = Found(None, space.schedule, limit_s, limit_s)
+    for turn in range(max_expansions):
+        if search.bound_s >= best.step_s:
             break
-        node = heapq.heappop(nodes)
-        best = _better(space, search.complete(node), best.choice, best.step_s)
-        for child in search.children(node, best.step_s):
-            heapq.heappush(nodes, child)
-    bound_s = min(best.step_s, nodes[0].bound_s) if nodes else best.step_s
-    return replace(best, step_s=best.step_s if best.choice else np.inf, bound_s=bound_s)
+        node = search.pop()
+        complete = search.complete(node)
+        family = search.children(node, best.step_s)
+        search.add(family)
+        if complete is None and turn % _DIVE_EVERY == 0 and len(family.bounds):
+            complete = search.dive(family.child(0))
+        best = _better(space, complete, best)
+    return replace(
+        best, step_s=best.step_s if best.choice else np.inf, bound_s=min(best.step_s, search.bound_s)
+    )
 
 
-def _better(space: Space, tried: Choice | None, best: Choice | None, best_s: float) -> Found:
-    """The faster of two choices; `best_s` is the seconds of the best one, or what it must beat."""
-    if tried is not None:
-        seconds = step_s(space.times(tried), space.schedule, space.num_microbatches)
-        if seconds < best_s:
-            best, best_s = tried, seconds
-    return Found(best, space.schedule, best_s, best_s)
+def _better(space: Space, tried: Choice | None, best: Found) -> Found:
+    """The faster of the best choice and one that was tried, its cuts shifted to where they are best."""
+    if tried is None:
+        return best
+    seconds = step_s(space.times(tried), space.schedule, space.num_microbatches)
+    if seconds < best.step_s * _PROMISING:
+        tried, seconds = polish(space, tried, seconds, max_turns=_POLISH_TURNS)
+    return replace(best, choice=tried, step_s=seconds) if seconds < best.step_s else best
 
 
 class _Search:
-    """The tables of one search, and the two ways to go on from a node: to end, or to cut."""
+    """The tables and the heap of one search, and the two ways to go on from a node: to end, or to cut."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, limit_s: float) -> None:
         problem = space.problem
         self.space = space
-        self.bounds: Bounds = least_bounds(space)
+        self.bounds: Bounds = least_bounds(space, limit_s)
         self.links: Array = problem.send_s + problem.gradient_s
         self.others: Array = (space.num_microbatches - 1) * np.maximum(problem.send_s, problem.gradient_s)
-        self.times = [
-            (problem.forward_s(kind), problem.backward_s(kind)) for kind in range(len(problem.kinds))
-        ]
-        self.fitting: dict[tuple[int, int], BoolArray] = {}
+        self.heap: list[_Entry] = []
         self.serial = itertools.count()
 
-    def roots(self, limit_s: float) -> list[_Node]:
-        """A heap of the states that a plan may start with."""
-        steps, totals, kinds = self.bounds.steps[:, 0], self.bounds.totals[:, 0], self.space.lattice.kinds
-        roots = [
-            _Node(
-                float(steps[s]), float(totals[s]), next(self.serial), int(s), (0,), (int(kinds[s]),), 0.0, ()
-            )
-            for s in np.flatnonzero(steps < limit_s)
-        ]
-        heapq.heapify(roots)
-        return roots
+    @property
+    def bound_s(self) -> float:
+        """No choice that is still to be found is faster."""
+        return self.heap[0].bound_s if self.heap else np.inf
+
+    def add(self, family: _Family, index: int = 0) -> None:
+        """Put a member of a family on the heap; the next one follows when it is taken off."""
+        if index < len(family.bounds):
+            bound_s, total_s = float(family.bounds[index]), float(family.totals[index])
+            heapq.heappush(self.heap, _Entry(bound_s, total_s, next(self.serial), family, index))
+
+    def pop(self) -> _Node:
+        """The most promising node."""
+        entry = heapq.heappop(self.heap)
+        self.add(entry.family, entry.member + 1)
+        return entry.family.child(entry.member)
 
     def dive(self, node: _Node) -> Choice:
-        """A choice that goes on from the node along the least bound."""
+        """A choice from a node on, along the least bounds."""
         while (complete := self.complete(node)) is None:
-            node = min(self.children(node, np.inf))
+            node = self.children(node, np.inf).child(0)
         return complete
+
+    def roots(self, limit_s: float) -> _Family:
+        """The states that a plan may start with."""
+        steps, totals, kinds = self.bounds.steps[:, 0], self.bounds.totals[:, 0], self.space.lattice.kinds
+        order = np.lexsort((totals, steps))
+        order = order[: int(np.sum(steps < limit_s))]
+
+        def child(index: int) -> _Node:
+            state = int(order[index])
+            return _Node(float(steps[state]), state, (0,), (int(kinds[state]),), 0.0, ())
+
+        return _Family(steps[order], totals[order], child)
 
     def complete(self, node: _Node) -> Choice | None:
         """The node's choice with all that is left in its last stage, if it may end there and fits."""
@@ -117,41 +159,40 @@ class _Search:
             return None
         return Choice((*node.edges, self.space.problem.num_units), node.kinds)
 
-    def children(self, node: _Node, best_s: float) -> list[_Node]:
+    def children(self, node: _Node, best_s: float) -> _Family:
         """All next cuts and devices whose bound is below `best_s`."""
-        unit, kind, lattice = node.edges[-1], node.kinds[-1], self.space.lattice
+        unit, kind, lattice, problem = node.edges[-1], node.kinds[-1], self.space.lattice, self.space.problem
         followers = lattice.successors[node.state]
         followers = followers[followers >= 0]
         kinds, fits, depth = lattice.kinds[followers], self._fits(node), self._depth(node)
-        forward_s, backward_s = (np.where(fits, seconds[unit], 0.0) for seconds in self.times[kind])
+        forward_s = np.where(fits, problem.forward_s(kind)[unit], 0.0)
+        backward_s = np.where(fits, problem.backward_s(kind)[unit], 0.0)
         until_next_s = np.where(fits, forward_s + backward_s, np.inf) + self.links[kind, kinds]
         way_s = self.links[kind, kinds] + self.bounds.totals[followers]
         totals = until_next_s + self.bounds.totals[followers]
         reachable = np.isfinite(totals)
-        span = span_s(
-            forward_s, backward_s, np.where(reachable, way_s, 0.0), depth, self.space.num_microbatches
-        )
+        known_s = np.where(reachable, way_s, 0.0)
+        span = span_s(forward_s, backward_s, known_s, depth, self.space.num_microbatches)
         later = np.maximum(until_next_s + self.bounds.steps[followers], totals + self.others[kind, kinds])
         bounds = np.maximum(node.before_s + np.maximum(span, later), node.bound_s)
         earlier = self._earlier_spans(node, np.where(reachable, node.before_s + totals, 0.0))
-        bounds = np.maximum(bounds, earlier)
-        children = []
-        for row, edge in zip(*np.nonzero(bounds < best_s), strict=True):
-            next_s = node.before_s + float(until_next_s[row, edge])
+        rows, edges = np.nonzero(np.maximum(bounds, earlier) < best_s)
+        bounds, totals = np.maximum(bounds, earlier)[rows, edges], totals[rows, edges]
+        order = np.lexsort((totals, bounds))
+
+        def child(index: int) -> _Node:
+            row, edge = int(rows[order[index]]), int(edges[order[index]])
             stage = _Stage(float(forward_s[edge]), float(backward_s[edge]), depth, node.before_s)
-            children.append(
-                _Node(
-                    bound_s=float(bounds[row, edge]),
-                    total_s=node.before_s + float(totals[row, edge]),
-                    serial=next(self.serial),
-                    state=int(followers[row]),
-                    edges=(*node.edges, int(edge)),
-                    kinds=(*node.kinds, int(kinds[row])),
-                    before_s=next_s,
-                    decided=(*node.decided, stage),
-                )
+            return _Node(
+                bound_s=float(bounds[order[index]]),
+                state=int(followers[row]),
+                edges=(*node.edges, edge),
+                kinds=(*node.kinds, int(kinds[row])),
+                before_s=node.before_s + float(until_next_s[row, edge]),
+                decided=(*node.decided, stage),
             )
-        return children
+
+        return _Family(bounds[order], node.before_s + totals[order], child)
 
     def _earlier_spans(self, node: _Node, totals: Array) -> Array:
         """Bounds from stages decided earlier, now that more of the way behind them is known."""
@@ -164,10 +205,8 @@ class _Search:
 
     def _fits(self, node: _Node) -> BoolArray:
         """Which end units fit the node's device."""
-        key = (node.kinds[-1], self._depth(node))
-        if key not in self.fitting:
-            self.fitting[key] = self.space.problem.fits(*key)
-        fits: BoolArray = self.fitting[key][node.edges[-1]]
+        limit = float(self.space.problem.device_of(node.kinds[-1]).memory_bytes)
+        fits: BoolArray = self.space.problem.memory_bytes(self._depth(node))[node.edges[-1]] <= limit
         return fits
 
     def _depth(self, node: _Node) -> int:

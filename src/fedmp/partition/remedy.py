@@ -12,9 +12,9 @@ import numpy as np
 
 from fedmp.errors import InfeasibleError
 from fedmp.partition.estimate import CostModel, format_bytes
-from fedmp.partition.lattice import any_order, count_any_order, fixed_order_counted
+from fedmp.partition.lattice import any_order, count_any_order, fixed_order
 from fedmp.partition.problem import make_problem
-from fedmp.partition.space import Space
+from fedmp.partition.space import Space, told_apart
 from fedmp.topology import Device, Links
 
 __all__ = ["infeasible", "least_extra_bytes"]
@@ -64,13 +64,11 @@ def least_extra_bytes(
     alike = [_memory_only(device, is_target=index == target) for index, device in enumerate(devices)]
     problem = make_problem(costs, alike, Links(), merge_devices=not in_order)
     counts = [len(kind) for kind in problem.kinds]
-    num_states = len(devices) * problem.num_units if in_order else count_any_order(counts)
+    apart = told_apart(schedule, costs.num_microbatches)
+    num_states = len(devices) * apart if in_order else int(count_any_order(counts)[-1])
     if num_states * (problem.num_units + 1) ** 2 > _MAX_CELLS:
         return None
-    max_stages = problem.num_units
-    lattice = (
-        fixed_order_counted(range(len(devices)), max_stages) if in_order else any_order(counts, max_stages)
-    )
+    lattice = fixed_order(range(len(devices)), apart) if in_order else any_order(counts, problem.num_units)
     wanted = [kind for kind, members in enumerate(problem.kinds) if target in members]
     return _least_excess(Space(problem, lattice, schedule), wanted[0] if wanted else None)
 

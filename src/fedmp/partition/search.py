@@ -18,6 +18,7 @@ __all__ = ["SCHEDULE_PATTERN", "plan_of", "search"]
 
 SCHEDULE_PATTERN = "^(gpipe|1f1b|1f1b-short)$"
 
+_USUAL_UNITS = 150  # an expansion takes longer for longer models, so there are fewer
 _SWEEP_CELLS = 800_000_000  # cells of all sweeps of one search, about 4 s
 
 
@@ -31,9 +32,10 @@ def search(space: Space, *, max_expansions: int, limit_s: float = np.inf) -> Fou
         limit_s: only choices faster than this are wanted.
     """
     if space.schedule == "gpipe":
-        affordable = max(4, _SWEEP_CELLS // space.num_cells)
-        return search_gpipe(space, max_sweeps=min(max_expansions // 10, affordable), limit_s=limit_s)
-    return search_1f1b(space, max_expansions=max_expansions, limit_s=limit_s)
+        affordable = _SWEEP_CELLS // space.num_cells
+        return search_gpipe(space, max_sweeps=max(4, min(max_expansions // 10, affordable)), limit_s=limit_s)
+    affordable = max_expansions * _USUAL_UNITS // max(_USUAL_UNITS, space.problem.num_units)
+    return search_1f1b(space, max_expansions=max(1, affordable), limit_s=limit_s)
 
 
 def plan_of(problem: Problem, found: Found, partitioner: str, *, is_global: bool) -> Plan:

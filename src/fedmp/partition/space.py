@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from fedmp.partition.lattice import IntArray, Lattice
 from fedmp.partition.problem import Problem
 from fedmp.schedule import peak_in_flight, schedule_by_name
 
-__all__ = ["Choice", "Found", "Space", "in_flight_of"]
+__all__ = ["Choice", "Found", "Space", "in_flight_of", "told_apart"]
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,17 @@ def in_flight_of(schedule: str, behind: int, num_microbatches: int) -> int:
 
     Args:
         schedule: "gpipe", "1f1b" or "1f1b-short".
-        behind: stages from this one to the end, itself included; 0 where it does not matter.
+        behind: stages from this one to the end, itself included.
         num_microbatches: micro-batches of the step.
     """
-    first = schedule_by_name(schedule).actions(max(1, behind), num_microbatches)[0]
+    first = schedule_by_name(schedule).actions(behind, num_microbatches)[0]
     return peak_in_flight(first)
+
+
+def told_apart(schedule: str, num_microbatches: int) -> int:
+    """The least number of stages behind with which a stage holds all micro-batches, as with any more."""
+    return next(
+        behind
+        for behind in itertools.count(1)
+        if in_flight_of(schedule, behind, num_microbatches) == num_microbatches
+    )

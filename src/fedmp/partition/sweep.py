@@ -71,17 +71,20 @@ def least_totals(space: Space, caps: Caps = NO_CAPS) -> Array:
         for kind, behind, states in space.alike(group):
             key = (kind, space.in_flight(behind))
             if key not in cached:
-                stages = caps.keep(
+                stage_s = caps.keep(
                     problem.forward_s(kind), problem.backward_s(kind), space.seconds(kind, behind)
                 )
-                cached = {**{k: v for k, v in cached.items() if k[1] == key[1]}, key: stages}
-            for part in _chunks(states, cached[key].size):
-                rest = after[part - group.start]
-                totals[part] = np.min(cached[key] + rest[:, None, :], axis=2)
+                cached = {
+                    **{old: band for old, band in cached.items() if old[1] == key[1]},
+                    key: _band(stage_s),
+                }
+            band = cached[key]
+            for part in _chunks(states, band.size):
+                totals[part] = np.min(band + _ahead(after[part - group.start], band), axis=2, initial=np.inf)
     return totals
 
 
-def least_bounds(space: Space) -> Bounds:
+def least_bounds(space: Space, limit_s: float = np.inf) -> Bounds:
     """A lower bound on the rest of a 1F1B step.
 
     With A the seconds from a step's start until a stage's first forward may start and from its last
@@ -89,7 +92,11 @@ def least_bounds(space: Space) -> Bounds:
     stage; and at least one micro-batch's way through everything plus M - 1 times any one transfer. The
     maximum over stages obeys `steps = max(span, f + b + c + steps of the next stage)`, so the least over
     all choices is a dynamic program over a scalar. The way behind a stage, which its span needs, enters
-    as the least one; hence a bound of a choice can exceed its bound here, never the other way round.
+    as the least one, which can only lower the bound.
+
+    Args:
+        space: what may be chosen.
+        limit_s: choices of which this is a lower bound may be left out.
     """
     problem, lattice = space.problem, space.lattice
     links = problem.send_s + problem.gradient_s
@@ -106,14 +113,16 @@ def least_bounds(space: Space) -> Bounds:
         way[lattice.may_end[group], -1] = steps[lattice.may_end[group], -1] = 0.0
         for kind, behind, states in space.alike(group):
             stage_s = space.seconds(kind, behind)
-            forward_s = np.where(np.isfinite(stage_s), problem.forward_s(kind), 0.0)
-            backward_s = np.where(np.isfinite(stage_s), problem.backward_s(kind), 0.0)
-            for part in _chunks(states, stage_s.size):
-                rest, later = way[part - group.start, None, :], steps[part - group.start, None, :]
+            band = _band(np.where(stage_s * space.num_microbatches < limit_s, stage_s, np.inf))
+            fits, width = np.isfinite(band), band.shape[1]
+            forward_s = np.where(fits, _band(problem.forward_s(kind), width), 0.0)
+            backward_s = np.where(fits, _band(problem.backward_s(kind), width), 0.0)
+            for part in _chunks(states, band.size):
+                rest, later = _ahead(way[part - group.start], band), _ahead(steps[part - group.start], band)
                 known = np.where(np.isfinite(rest), rest, 0.0)
                 span = span_s(forward_s, backward_s, known, space.in_flight(behind), space.num_microbatches)
-                bounds.totals[part] = np.min(stage_s + rest, axis=2)
-                bounds.steps[part] = np.min(np.maximum(span, stage_s + later), axis=2)
+                bounds.totals[part] = np.min(band + rest, axis=2, initial=np.inf)
+                bounds.steps[part] = np.min(np.maximum(span, band + later), axis=2, initial=np.inf)
     return bounds
 
 
@@ -153,7 +162,29 @@ def _over(space: Space, link_s: Array, group: slice) -> Array:
     return over
 
 
+def _band(by_stage: Array, width: int | None = None) -> Array:
+    """From (first unit, end unit) to (first unit, units less one), as far as anything is finite.
+
+    A stage that may not be slow has few units, so most of the square is empty.
+    """
+    units = len(by_stage)
+    if width is None:
+        first, end = np.nonzero(np.isfinite(by_stage))
+        width = int(np.max(end - first, initial=0))
+    ends = np.arange(units)[:, None] + np.arange(1, width + 1)
+    return np.where(ends < units, by_stage[np.arange(units)[:, None], np.minimum(ends, units - 1)], np.inf)
+
+
+def _ahead(values: Array, band: Array) -> Array:
+    """Values at the end units of a band: shape (states, *band.shape), a view."""
+    width = band.shape[1]
+    padded = np.concatenate([values[:, 1:], np.full((len(values), width), np.inf)], axis=1)
+    if width == 0:
+        return np.empty((len(values), *band.shape))
+    return np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)
+
+
 def _chunks(states: IntArray, size: int) -> Iterator[IntArray]:
-    step = max(1, _CHUNK // size)
+    step = max(1, _CHUNK // max(1, size))
     for start in range(0, len(states), step):
         yield states[start : start + step]

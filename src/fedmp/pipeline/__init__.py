@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fedmp.pipeline.runner import BatchResult, MicroBatches, StageRunner, microbatch_sizes
+from fedmp.pipeline.compression import Compression
+from fedmp.pipeline.microbatches import BatchResult, MicroBatches, microbatch_sizes
+from fedmp.pipeline.options import RunnerOptions
+from fedmp.pipeline.runner import DeviceRunner, StageRunner
 from fedmp.pipeline.transport import (
     DistributedTransport,
     Pending,
@@ -14,10 +17,13 @@ from fedmp.pipeline.transport import (
 
 __all__ = [
     "BatchResult",
+    "Compression",
+    "DeviceRunner",
     "DistributedTransport",
     "MicroBatches",
     "Pending",
     "Rendezvous",
+    "RunnerOptions",
     "StageRunner",
     "Transport",
     "host_rendezvous",

@@ -1,6 +1,6 @@
-"""Run one stage of a pipeline: the interpreter of a schedule's action list.
+"""Run a device's stages of a pipeline: the interpreter of a schedule's action list.
 
-Each device runs the same steps on its own stage. Receives are posted ahead of their use, sends overlap
+Each device runs the same steps on its own stages. Receives are posted ahead of their use, sends overlap
 with computation, and the loss of a micro-batch is weighted by its share of the batch, so the gradient is
 that of the whole batch for every batch size and every number of micro-batches.
 """
@@ -9,131 +9,131 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_unflatten
 
 from fedmp.errors import PipelineError
-from fedmp.pipeline.frames import BufferPool, FrameKind, FrameLayout, FrameTag, pack, unpack
-from fedmp.pipeline.transport import Pending, Transport
+from fedmp.pipeline.frames import FrameKind, FrameLayout
+from fedmp.pipeline.gradients import Exchange, clip_gradients, sum_tied_gradients
+from fedmp.pipeline.links import Handover, Receiver, Sender, StepId
+from fedmp.pipeline.microbatches import BatchResult, MicroBatches
+from fedmp.pipeline.options import RunnerOptions
+from fedmp.pipeline.rewrite import RandomKey
+from fedmp.pipeline.stage_work import StageWork
+from fedmp.pipeline.transport import Transport
 from fedmp.records import TimedAction
-from fedmp.schedule import Action, ActionKind, Schedule
-from fedmp.stages import Stage, ValueSpec
+from fedmp.schedule import Action, ActionKind, PlacedAction, PlacedSchedule, Schedule, peak_in_flight
+from fedmp.stages import Stage
 from fedmp.tasks import Task
 
-__all__ = ["BatchResult", "MicroBatches", "StageRunner", "microbatch_sizes"]
+__all__ = ["DeviceRunner", "StageRunner"]
 
-_LOOKAHEAD = 2
-
-
-def microbatch_sizes(batch_size: int, num_microbatches: int) -> list[int]:
-    """Cut a batch into micro-batches as equal as possible, none of them empty.
-
-    Example:
-        >>> microbatch_sizes(7, 3)
-        [3, 2, 2]
-    """
-    count = min(batch_size, num_microbatches)
-    return [batch_size // count + (index < batch_size % count) for index in range(count)]
+_GRADIENTS_AHEAD = 2
+_EVALUATED_AHEAD = 3
+_DEFAULT_OPTIONS = RunnerOptions()
 
 
-@dataclass(frozen=True)
-class MicroBatches:
-    """One batch, cut up.
+class _Part:
+    """A stage of this device with its four links; None where the pipeline begins or ends."""
 
-    Attributes:
-        sizes: samples of each micro-batch; known to every stage.
-        inputs: tensors of each micro-batch; only the first stage has them.
-        targets: of each micro-batch; only the last stage has them.
-    """
-
-    sizes: Sequence[int]
-    inputs: Sequence[Sequence[torch.Tensor]] | None = None
-    targets: Sequence[torch.Tensor] | None = None
+    def __init__(self, work: StageWork) -> None:
+        self.work = work
+        self.inputs: dict[bool, Receiver | Handover] = {}
+        self.outputs: dict[bool, Sender | Handover] = {}
+        self.gradients: Receiver | Handover | None = None
+        self.input_gradients: Sender | Handover | None = None
 
 
-@dataclass(frozen=True)
-class BatchResult:
-    """What the last stage knows after a batch; zeros on the other stages.
-
-    Attributes:
-        loss_sum: loss summed over its terms.
-        weight: number of terms.
-        num_correct: terms predicted correctly.
-    """
-
-    loss_sum: float = 0.0
-    weight: float = 0.0
-    num_correct: float = 0.0
-
-    def __add__(self, other: BatchResult) -> BatchResult:
-        return BatchResult(
-            self.loss_sum + other.loss_sum, self.weight + other.weight, self.num_correct + other.num_correct
-        )
-
-
-@dataclass
-class _Step:
-    """What one step keeps until it is over."""
-
-    round: int
-    step: int
-    batch: MicroBatches
-    sends: list[tuple[Pending, torch.Tensor]] = field(default_factory=list)
-    arriving: dict[tuple[FrameKind, int], tuple[Pending, torch.Tensor]] = field(default_factory=dict)
-    unposted: dict[FrameKind, list[int]] = field(default_factory=dict)
-    held: dict[int, tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]] = field(
-        default_factory=dict
-    )
-    total_weight: float = 1.0
-    loss_sum: torch.Tensor | float = 0.0
-    num_correct: float = 0.0
-
-
-class StageRunner:
-    """Trains and evaluates one stage in step with the client's other stages.
+class DeviceRunner:
+    """Trains and evaluates a device's stages in step with the client's other devices.
 
     Args:
-        stage: this device's stage, with weights.
+        stages: of this device, with weights, in ascending order.
         task: the loss; used on the last stage.
-        transport: to the other stages; None if the model is one stage.
+        transport: to the other devices, whose ranks are their numbers; None if this is the only one.
+        device: this device's number.
+        placement: the stages of each device.
+        options: how to run them.
+        seed: of dropout and other random calls; None leaves them to torch's global generator.
         observe: called with every timed action; None measures nothing.
         device_name: for the timed actions.
+
+    Attributes:
+        bytes_sent: to other devices, so far.
+        observe, seed: may be changed between steps; a runner made without a seed stays without.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        stages: Sequence[Stage],
         task: Task,
-        transport: Transport | None = None,
+        transport: Transport | None,
         *,
+        device: int,
+        placement: Sequence[Sequence[int]],
+        options: RunnerOptions = _DEFAULT_OPTIONS,
+        seed: int | None = None,
         observe: Callable[[TimedAction], None] | None = None,
         device_name: str = "",
     ) -> None:
-        blueprint = stage.blueprint
-        if transport is None and blueprint.num_stages > 1:
-            raise ValueError(f"{blueprint.num_stages} stages need a transport between them")
-        self.stage = stage
-        self.bytes_sent = 0
+        if [stage.blueprint.index for stage in stages] != list(placement[device]):
+            raise ValueError(
+                f"device {device} has stages {[stage.blueprint.index for stage in stages]}, its placement "
+                f"says {list(placement[device])}"
+            )
+        if transport is None and len(placement) > 1:
+            raise ValueError(f"{len(placement)} devices need a transport between them")
+        self.stages = list(stages)
+        self.seed = seed
         self.observe = observe
         self._task = task
         self._transport = transport
+        self._device = device
+        self._placement = tuple(map(tuple, placement))
+        self._device_of = {stage: rank for rank, own in enumerate(placement) for stage in own}
+        self._options = options
         self._device_name = device_name
-        self._index = blueprint.index
-        self._is_first, self._is_last = blueprint.is_first, blueprint.is_last
-        self._pool = BufferPool(transport.device if transport else torch.device("cpu"))
-        self._layouts: dict[tuple[str, bool, int], FrameLayout] = {}
-        self._actions: dict[tuple[str, int], list[Action]] = {}
+        self._key = RandomKey()
+        works = [StageWork(stage, task, options, None if seed is None else self._key) for stage in stages]
+        self._parts = {work.index: _Part(work) for work in works}
+        self._num_stages = stages[0].blueprint.num_stages
+        self._orders: dict[tuple[object, int], tuple[list[list[PlacedAction]], dict[int, int]]] = {}
+        self._is_broken = False
+        self._bytes_before = 0
+        self._link()
 
-    def train_batch(self, batch: MicroBatches, schedule: Schedule, *, round: int, step: int) -> BatchResult:
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent to other devices since the runner was made."""
+        return self._bytes_before + self._exchange.bytes_sent + sum(end.bytes_sent for end in self._senders)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the buffers that wait for their next use."""
+        ends = [*self._senders, *self._receivers]
+        return sum(end.pool.num_bytes for end in ends if not isinstance(end, Handover))
+
+    def train_batch(
+        self,
+        batch: MicroBatches,
+        schedule: Schedule | PlacedSchedule,
+        *,
+        round: int,
+        step: int,
+        total_weight: float | None = None,
+    ) -> BatchResult:
         """Add the gradient of one batch's mean loss to the parameters' `grad`.
 
+        The gradient is complete only after `finish_gradients`, which sums those of tied parameters.
+
         Args:
-            batch: this stage's part of it.
-            schedule: the same on all stages.
-            round, step: what the frames carry; the same on all stages.
+            batch: this device's part of it.
+            schedule: the same on all devices.
+            round, step: what the frames carry; the same on all devices.
+            total_weight: what the loss is divided by; None for the weight of this batch. To accumulate
+                several batches into one step, give the weight of all of them together.
 
         Returns:
             The batch's loss, on the last stage.
@@ -141,19 +141,22 @@ class StageRunner:
         Raises:
             PipelineError: a peer is gone, silent, or sent what does not belong here.
         """
-        self.stage.train()
-        current = self._begin(batch, round, step)
-        sizes = batch.sizes
-        actions = self._actions_of(schedule, len(sizes))
-        self._post(current, actions, training=True)
-        for action in actions:
-            if action.kind is ActionKind.FORWARD:
-                self._forward(current, action.microbatch, sizes[action.microbatch])
-            else:
-                self._backward(current, action.microbatch, sizes[action.microbatch])
-        self._sum_tied_gradients(current)
-        self._finish(current)
-        return self._result(current)
+        with self._working():
+            lists, peaks = self._order(schedule, len(batch.sizes))
+            mine = lists[self._device]
+            self._begin(batch, round, step, mine, peaks, total_weight)
+            run = {
+                ActionKind.FORWARD: self._forward,
+                ActionKind.BACKWARD: self._backward,
+                ActionKind.BACKWARD_INPUT: self._backward,
+                ActionKind.BACKWARD_WEIGHT: self._backward_weight,
+            }
+            parts = self._parts
+            for kind, microbatch, stage in mine:
+                run[kind](parts[stage], microbatch, batch)
+            result = self._result()
+            self._finish()
+        return result
 
     def evaluate_batch(
         self,
@@ -166,254 +169,367 @@ class StageRunner:
         """Run one batch forward in eval mode, without gradients.
 
         Args:
-            batch: this stage's part of it; targets may be missing.
-            round, step: what the frames carry; the same on all stages.
+            batch: this device's part of it; targets may be missing.
+            round, step: what the frames carry; the same on all devices.
             keep_outputs: called on the last stage with the model's result for each micro-batch.
 
         Returns:
             The batch's loss and correct predictions, on the last stage, if it has targets.
+
+        Raises:
+            PipelineError: a peer is gone, silent, or sent what does not belong here.
         """
-        self.stage.eval()
-        current = self._begin(batch, round, step)
-        actions = [Action(ActionKind.FORWARD, index) for index in range(len(batch.sizes))]
-        with torch.no_grad():
-            self._post(current, actions, training=False)
-            for action in actions:
-                inputs = self._take_inputs(current, action.microbatch, training=False)
-                outputs = self._timed("forward", action.microbatch, lambda: self.stage.run(inputs))  # noqa: B023
-                if not self._is_last:
-                    self._send_activation(current, action.microbatch, outputs, training=False)
-                    continue
-                result = tree_unflatten(list(outputs), self.stage.blueprint.out_spec)
-                if keep_outputs is not None:
-                    keep_outputs(result)
-                if batch.targets is not None:
-                    self._score(current, result, batch.targets[action.microbatch])
-        self._finish(current)
-        return self._result(current)
-
-    def _begin(self, batch: MicroBatches, round: int, step: int) -> _Step:
-        current = _Step(round, step, batch)
-        if self._is_last and batch.targets is not None:
-            current.total_weight = sum(self._task.weight(targets) for targets in batch.targets)
-        return current
-
-    def _actions_of(self, schedule: Schedule, num_microbatches: int) -> list[Action]:
-        key = (schedule.name, num_microbatches)
-        if key not in self._actions:
-            num_stages = self.stage.blueprint.num_stages
-            self._actions[key] = schedule.actions(num_stages, num_microbatches)[self._index]
-        return self._actions[key]
-
-    def _forward(self, current: _Step, microbatch: int, size: int) -> None:
-        inputs = self._take_inputs(current, microbatch, training=True)
-        outputs = self._timed("forward", microbatch, lambda: self.stage.run(inputs))
-        buffer = current.arriving.pop((FrameKind.ACTIVATION, microbatch), (None, None))[1]
-        if not self._is_last:
-            self._send_activation(current, microbatch, outputs, training=True)
-            kept = [
-                value
-                for value, spec in zip(outputs, self.stage.blueprint.train.outputs, strict=True)
-                if spec.has_gradient
-            ]
-            current.held[microbatch] = (inputs, kept, buffer)
-            return
-        assert current.batch.targets is not None
-        targets = current.batch.targets[microbatch]
-        result = tree_unflatten(list(outputs), self.stage.blueprint.out_spec)
-        loss_sum = self._task.loss_sum(result, targets)
-        current.loss_sum = current.loss_sum + loss_sum.detach()
-        with torch.no_grad():
-            current.num_correct += self._task.num_correct(result, targets)
-        current.held[microbatch] = (inputs, [loss_sum / max(current.total_weight, 1e-12)], buffer)
-
-    def _backward(self, current: _Step, microbatch: int, size: int) -> None:
-        inputs, roots, buffer = current.held.pop(microbatch)
-        gradients: list[torch.Tensor | None] = [None]
-        gradient_buffer = None
-        if not self._is_last:
-            specs = _with_gradient(self.stage.blueprint.train.outputs)
-            if specs:
-                frame = self._take(current, FrameKind.GRADIENT, microbatch, self._layout("gradient", True, size))
-                gradients = list(frame)
-                gradient_buffer = current.arriving.pop((FrameKind.GRADIENT, microbatch))[1]
-        pairs = [pair for pair in zip(roots, gradients, strict=False) if pair[0].requires_grad]
-        if pairs:
-            self._timed(
-                "backward",
-                microbatch,
-                lambda: torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs]),
-            )
-        if not self._is_first:
-            wanted = zip(inputs, self.stage.blueprint.train.inputs, strict=True)
-            sent = [tensor.grad for tensor, spec in wanted if spec.has_gradient]
-            if sent:
-                layout = self._input_layout("gradient", True, size)
-                self._send(current, FrameKind.GRADIENT, microbatch, layout, sent, self._index - 1)
-        for used in (buffer, gradient_buffer):
-            if used is not None:
-                self._pool.give_back(used)
-
-    def _take_inputs(self, current: _Step, microbatch: int, *, training: bool) -> list[torch.Tensor]:
-        if self._is_first:
-            assert current.batch.inputs is not None
-            return list(current.batch.inputs[microbatch])
-        layout = self._input_layout("activation", training, current.batch.sizes[microbatch])
-        tensors = self._take(current, FrameKind.ACTIVATION, microbatch, layout)
-        if training:
-            for tensor, spec in zip(tensors, self.stage.blueprint.train.inputs, strict=True):
-                if spec.has_gradient:
-                    tensor.requires_grad_()
-        return tensors
-
-    def _send_activation(
-        self, current: _Step, microbatch: int, outputs: Sequence[torch.Tensor], *, training: bool
-    ) -> None:
-        layout = self._layout("activation", training, current.batch.sizes[microbatch])
-        with torch.no_grad():
-            self._send(current, FrameKind.ACTIVATION, microbatch, layout, outputs, self._index + 1)
-
-    def _score(self, current: _Step, result: Any, targets: torch.Tensor) -> None:
-        current.loss_sum = current.loss_sum + self._task.loss_sum(result, targets)
-        current.num_correct += self._task.num_correct(result, targets)
-
-    def _result(self, current: _Step) -> BatchResult:
-        if not self._is_last or current.batch.targets is None:
-            return BatchResult()
-        return BatchResult(float(current.loss_sum), current.total_weight, current.num_correct)
-
-    # transfers
-
-    def _post(self, current: _Step, actions: Sequence[Action], *, training: bool) -> None:
-        """Line up what this stage will receive, and post the first of it."""
-        if not self._is_first:
-            current.unposted[FrameKind.ACTIVATION] = [
-                action.microbatch for action in actions if action.kind is ActionKind.FORWARD
-            ][::-1]
-        if training and not self._is_last and _with_gradient(self.stage.blueprint.train.outputs):
-            current.unposted[FrameKind.GRADIENT] = [
-                action.microbatch for action in actions if action.kind is ActionKind.BACKWARD
-            ][::-1]
-        for kind in current.unposted:
-            for _ in range(_LOOKAHEAD):
-                self._post_next(current, kind, training=training)
-
-    def _post_next(self, current: _Step, kind: FrameKind, *, training: bool) -> None:
-        if not current.unposted.get(kind):
-            return
-        microbatch = current.unposted[kind].pop()
-        size = current.batch.sizes[microbatch]
-        if kind is FrameKind.ACTIVATION:
-            layout, peer = self._input_layout("activation", training, size), self._index - 1
-        else:
-            layout, peer = self._layout("gradient", True, size), self._index + 1
-        buffer = self._pool.take(layout.num_bytes)
-        assert self._transport is not None
-        current.arriving[kind, microbatch] = (
-            self._transport.receive(buffer, peer, _tag(kind, microbatch)),
-            buffer,
-        )
-
-    def _take(
-        self, current: _Step, kind: FrameKind, microbatch: int, layout: FrameLayout
-    ) -> list[torch.Tensor]:
-        pending, buffer = current.arriving[kind, microbatch]
-        self._timed("wait", microbatch, pending.wait)
-        self._post_next(current, kind, training=self.stage.training)
-        return unpack(buffer, layout, self._frame_tag(current, kind, microbatch))
-
-    def _send(
-        self,
-        current: _Step,
-        kind: FrameKind,
-        microbatch: int,
-        layout: FrameLayout,
-        tensors: Sequence[torch.Tensor | None],
-        peer: int,
-    ) -> None:
-        assert self._transport is not None
-        buffer = self._pool.take(layout.num_bytes)
-        pack(buffer, layout, self._frame_tag(current, kind, microbatch), tensors)
-        current.sends.append((self._transport.send(buffer, peer, _tag(kind, microbatch)), buffer))
-        self.bytes_sent += layout.num_bytes
-
-    def _sum_tied_gradients(self, current: _Step) -> None:
-        """Give every stage that uses a tied parameter the sum of the gradients, added in stage order."""
-        shared = self.stage.blueprint.shared
-        for number, name in enumerate(sorted(shared)):
-            parameter = self.stage.state_tensors([name])[0]
-            layout = FrameLayout([tuple(parameter.shape)], [parameter.dtype])
-            peers = [stage for stage in shared[name] if stage != self._index]
-            incoming = {}
-            assert self._transport is not None
-            for peer in peers:
-                buffer = self._pool.take(layout.num_bytes)
-                tag = _tag(FrameKind.TIED_GRADIENT, number)
-                incoming[peer] = (self._transport.receive(buffer, peer, tag), buffer)
-            for peer in peers:
-                self._send(current, FrameKind.TIED_GRADIENT, number, layout, [parameter.grad], peer)
-            own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            total = torch.zeros_like(parameter)
-            for stage in shared[name]:
-                if stage == self._index:
-                    total += own
-                    continue
-                pending, buffer = incoming[stage]
-                self._timed("wait", -1, pending.wait)
-                tag_wanted = self._frame_tag(current, FrameKind.TIED_GRADIENT, number)
-                total += unpack(buffer, layout, tag_wanted)[0]
-                self._pool.give_back(buffer)
-            parameter.grad = total
-
-    def _finish(self, current: _Step) -> None:
-        for pending, buffer in current.sends:
-            self._timed("wait", -1, pending.wait)
-            self._pool.give_back(buffer)
-        for pending, buffer in current.arriving.values():
-            if self.stage.training:
-                raise PipelineError("the schedule left a message unread")
-            self._pool.give_back(buffer)
-
-    def _frame_tag(self, current: _Step, kind: FrameKind, microbatch: int) -> FrameTag:
-        assert self._transport is not None
-        return FrameTag(self._transport.generation, current.round, current.step, microbatch, kind)
-
-    def _layout(self, what: str, training: bool, size: int) -> FrameLayout:
-        return self._cached_layout(f"out {what}", training, size, "outputs")
-
-    def _input_layout(self, what: str, training: bool, size: int) -> FrameLayout:
-        return self._cached_layout(f"in {what}", training, size, "inputs")
-
-    def _cached_layout(self, what: str, training: bool, size: int, side: str) -> FrameLayout:
-        key = (what, training, size)
-        if key not in self._layouts:
-            specs = getattr(self.stage.blueprint.program(training=training), side)
-            wanted = _with_gradient(specs) if what.endswith("gradient") else specs
-            self._layouts[key] = FrameLayout.of(wanted, size)
-        return self._layouts[key]
-
-    def _timed(self, kind: str, microbatch: int, work: Callable[[], Any]) -> Any:
-        if self.observe is None:
-            return work()
-        start_s = time.perf_counter()
-        result = work()
-        stop_s = time.perf_counter()
-        self.observe(
-            TimedAction(
-                device=self._device_name,
-                stage=self._index,
-                kind=kind,
-                microbatch=microbatch,
-                start_s=start_s,
-                stop_s=stop_s,
-            )
-        )
+        with self._working():
+            self._begin_evaluation(batch, round, step)
+            for microbatch in range(len(batch.sizes)):
+                for part in self._parts.values():
+                    self._evaluate(part, microbatch, batch, keep_outputs)
+            result = self._result()
+            self._finish()
         return result
 
+    def finish_gradients(self, *, round: int, step: int, max_norm: float | None = None) -> float | None:
+        """Complete the gradients before the optimizer's step: sum tied ones, clip all of them.
 
-def _with_gradient(specs: Sequence[ValueSpec]) -> tuple[ValueSpec, ...]:
-    return tuple(spec for spec in specs if spec.has_gradient)
+        Args:
+            round, step: what the frames carry; the same on all devices.
+            max_norm: clip the gradient of the whole model to this 2-norm; None does not clip.
+
+        Returns:
+            The norm of the whole model's gradient before clipping, the same on all devices; None if
+            it was not asked for.
+
+        Raises:
+            PipelineError: a peer is gone, silent, or sent what does not belong here.
+        """
+        with self._working():
+            self._exchange.begin(StepId(self._generation, round, step))
+            sum_tied_gradients(self.stages, self._exchange)
+            norm = clip_gradients(self.stages, self._exchange, max_norm) if max_norm is not None else None
+        return norm
+
+    def reconnect(self, transport: Transport | None) -> None:
+        """Go on over a new transport, after an error or in a new generation.
+
+        Gradients of a step that failed are not complete: clear them.
+
+        Args:
+            transport: with the same ranks as before.
+        """
+        self._bytes_before = self.bytes_sent
+        self._transport = transport
+        for part in self._parts.values():
+            part.work.abandon()
+        self._link()
+        self._is_broken = False
+
+    # one action
+
+    def _forward(self, part: _Part, microbatch: int, batch: MicroBatches) -> None:
+        inputs = self._take_inputs(part, microbatch, batch, training=True)
+        start_s = time.perf_counter()
+        outputs = part.work.forward(microbatch, inputs)
+        self._timed("forward", part, microbatch, start_s)
+        if not part.work.is_last:
+            start_s = time.perf_counter()
+            part.outputs[True].send(microbatch, outputs)
+            self._timed("send", part, microbatch, start_s)
+        if not part.work.is_first:
+            part.inputs[True].post()
+        if part.gradients is not None:
+            part.gradients.post()
+
+    def _backward(self, part: _Part, microbatch: int, batch: MicroBatches) -> None:
+        work = part.work
+        gradients: Sequence[torch.Tensor | None] = ()
+        if part.gradients is not None:
+            start_s = time.perf_counter()
+            gradients = part.gradients.take(microbatch)
+            self._timed("wait", part, microbatch, start_s)
+        start_s = time.perf_counter()
+        of_inputs = work.backward(microbatch, gradients)
+        self._timed("backward", part, microbatch, start_s)
+        if part.input_gradients is not None:
+            start_s = time.perf_counter()
+            part.input_gradients.send(microbatch, of_inputs)
+            self._timed("send", part, microbatch, start_s)
+        if not work.keeps_for_weights:
+            self._release(part, microbatch)
+
+    def _backward_weight(self, part: _Part, microbatch: int, batch: MicroBatches) -> None:
+        start_s = time.perf_counter()
+        part.work.backward_weight(microbatch)
+        self._timed("backward weight", part, microbatch, start_s)
+        self._release(part, microbatch)
+
+    def _release(self, part: _Part, microbatch: int) -> None:
+        if part.gradients is not None:
+            part.gradients.release(microbatch)
+            part.gradients.post()
+        if not part.work.is_first:
+            part.inputs[True].release(microbatch)
+            part.inputs[True].post()
+
+    def _evaluate(
+        self,
+        part: _Part,
+        microbatch: int,
+        batch: MicroBatches,
+        keep_outputs: Callable[[Any], None] | None,
+    ) -> None:
+        work = part.work
+        inputs = self._take_inputs(part, microbatch, batch, training=False)
+        start_s = time.perf_counter()
+        outputs = work.evaluate(microbatch, inputs)
+        self._timed("forward", part, microbatch, start_s)
+        if not work.is_last:
+            link = part.outputs[False]
+            link.send(microbatch, _apart(outputs, inputs) if isinstance(link, Handover) else outputs)
+        else:
+            result = work.unflatten(_apart(outputs, inputs))
+            if keep_outputs is not None:
+                keep_outputs(result)
+            if batch.targets is not None:
+                work.score(result, microbatch)
+        if not work.is_first:
+            part.inputs[False].release(microbatch)
+            part.inputs[False].post()
+
+    def _take_inputs(
+        self, part: _Part, microbatch: int, batch: MicroBatches, *, training: bool
+    ) -> Sequence[torch.Tensor]:
+        if part.work.is_first:
+            assert batch.inputs is not None
+            return batch.inputs[microbatch]
+        start_s = time.perf_counter()
+        tensors = part.inputs[training].take(microbatch)
+        self._timed("wait", part, microbatch, start_s)
+        return tensors
+
+    # one step
+
+    def _begin(
+        self,
+        batch: MicroBatches,
+        round: int,
+        step: int,
+        mine: Sequence[PlacedAction],
+        peaks: dict[int, int],
+        total_weight: float | None,
+    ) -> None:
+        id, sizes = StepId(self._generation, round, step), batch.sizes
+        self._key.parts = (self.seed or 0, round, step, 0)
+        for stage, part in self._parts.items():
+            if not part.work.is_first:
+                order = [a.microbatch for a in mine if a.stage == stage and a.kind is ActionKind.FORWARD]
+                part.inputs[True].begin(id, sizes, order, peaks[stage] + 1)
+                part.inputs[True].post()
+            if part.gradients is not None:
+                order = [a.microbatch for a in mine if a.stage == stage and a.kind in _TAKES_GRADIENT]
+                keeps = any(a.kind is ActionKind.BACKWARD_INPUT for a in mine)
+                part.gradients.begin(id, sizes, order, peaks[stage] + 1 if keeps else _GRADIENTS_AHEAD)
+            if not part.work.is_last:
+                part.outputs[True].begin(id, sizes, peaks[stage])
+            if part.input_gradients is not None:
+                part.input_gradients.begin(id, sizes, peaks[stage - 1])
+        splits = any(action.kind is ActionKind.BACKWARD_WEIGHT for action in mine)
+        for part in self._parts.values():
+            part.work.begin(batch.targets, training=True, splits=splits, total_weight=total_weight)
+
+    def _begin_evaluation(self, batch: MicroBatches, round: int, step: int) -> None:
+        id, order = StepId(self._generation, round, step), range(len(batch.sizes))
+        for part in self._parts.values():
+            if not part.work.is_first:
+                part.inputs[False].begin(id, batch.sizes, order, _EVALUATED_AHEAD)
+                part.inputs[False].post()
+            if not part.work.is_last:
+                part.outputs[False].begin(id, batch.sizes, _EVALUATED_AHEAD + 1)
+            part.work.begin(batch.targets, training=False)
+
+    def _result(self) -> BatchResult:
+        last = self._parts.get(self._num_stages - 1)
+        return BatchResult() if last is None else last.work.result()
+
+    def _finish(self) -> None:
+        for sender in self._senders:
+            sender.finish()
+        for receiver in self._receivers:
+            receiver.finish()
+
+    @contextmanager
+    def _working(self) -> Any:
+        """Refuse to go on after an error: messages of the step that failed may still arrive."""
+        if self._is_broken:
+            raise PipelineError("a step of this pipeline failed; reconnect it over a new transport first")
+        self._is_broken = True
+        yield
+        self._is_broken = False
+
+    def _order(
+        self, schedule: Schedule | PlacedSchedule, num_microbatches: int
+    ) -> tuple[list[list[PlacedAction]], dict[int, int]]:
+        """Every device's actions, and the most micro-batches that each stage holds."""
+        key = (schedule, num_microbatches)
+        if key not in self._orders:
+            if isinstance(schedule, PlacedSchedule):
+                wanted = schedule.placement(len(self._placement))
+                if wanted != self._placement:
+                    raise ValueError(f"schedule {schedule.name} places stages {wanted}, not {self._placement}")
+                lists = schedule.placed_actions(len(self._placement), num_microbatches)
+            else:
+                lists = _place(schedule.actions(self._num_stages, num_microbatches), self._placement)
+            peaks = {
+                stage: peak_in_flight([action for action in listed if action.stage == stage])
+                for listed, own in zip(lists, self._placement, strict=True)
+                for stage in own
+            }
+            self._orders[key] = lists, peaks
+        return self._orders[key]
+
+    # links
+
+    @property
+    def _generation(self) -> int:
+        return 0 if self._transport is None else self._transport.generation
+
+    def _link(self) -> None:
+        """Make the links between this device's stages and their neighbours."""
+        self._senders: list[Sender | Handover] = []
+        self._receivers: list[Receiver | Handover] = []
+        self._exchange = Exchange(self._transport, self._device, self._placement)
+        for stage, part in sorted(self._parts.items()):
+            part.gradients = part.input_gradients = None
+            before = self._parts.get(stage - 1)
+            if before is not None:
+                self._join(before, part)
+                continue
+            if not part.work.is_first:
+                for training in (True, False):
+                    part.inputs[training] = self._receiver(part, FrameKind.ACTIVATION, stage - 1, training)
+                if part.work.input_gradients:
+                    part.input_gradients = self._sender(part, FrameKind.GRADIENT, stage - 1, training=True)
+        for stage, part in sorted(self._parts.items()):
+            if part.work.is_last or stage + 1 in self._parts:
+                continue
+            for training in (True, False):
+                part.outputs[training] = self._sender(part, FrameKind.ACTIVATION, stage + 1, training)
+            if part.work.output_gradients:
+                part.gradients = self._receiver(part, FrameKind.GRADIENT, stage + 1, training=True)
+
+    def _join(self, before: _Part, after: _Part) -> None:
+        for training in (True, False):
+            forward = Handover()
+            before.outputs[training] = after.inputs[training] = forward
+            self._senders.append(forward)
+            self._receivers.append(forward)
+        if after.work.input_gradients:
+            back = Handover()
+            before.gradients = after.input_gradients = back
+            self._receivers.append(back)
+
+    def _sender(self, part: _Part, kind: FrameKind, to_stage: int, training: bool) -> Sender:
+        assert self._transport is not None
+        sender = Sender(
+            self._transport,
+            peer=self._device_of[to_stage],
+            kind=kind,
+            stage=part.work.index,
+            layout_of=self._layouts(part, kind, training, outgoing=True),
+        )
+        self._senders.append(sender)
+        return sender
+
+    def _receiver(self, part: _Part, kind: FrameKind, from_stage: int, training: bool) -> Receiver:
+        assert self._transport is not None
+        receiver = Receiver(
+            self._transport,
+            peer=self._device_of[from_stage],
+            kind=kind,
+            stage=from_stage,
+            layout_of=self._layouts(part, kind, training, outgoing=False),
+        )
+        self._receivers.append(receiver)
+        return receiver
+
+    def _layouts(
+        self, part: _Part, kind: FrameKind, training: bool, *, outgoing: bool
+    ) -> Callable[[int], FrameLayout]:
+        program = part.work.stage.blueprint.program(training=training)
+        is_gradient = kind is FrameKind.GRADIENT
+        specs = program.outputs if outgoing != is_gradient else program.inputs
+        options = self._options
+        compression = options.compress_gradients if is_gradient else options.compress_activations
+        if is_gradient:
+            specs = tuple(spec for spec in specs if spec.has_gradient)
+        return lambda size: FrameLayout.of(specs, size, compression)
+
+    def _timed(self, kind: str, part: _Part, microbatch: int, start_s: float) -> None:
+        if self.observe is not None:
+            stop_s = time.perf_counter()
+            self.observe(
+                TimedAction(self._device_name, part.work.index, kind, microbatch, start_s, stop_s)
+            )
 
 
-def _tag(kind: FrameKind, microbatch: int) -> int:
-    return microbatch * 4 + int(kind)
+class StageRunner(DeviceRunner):
+    """A device that runs one stage: its number is its stage's.
+
+    Args:
+        stage: this device's stage, with weights.
+        task: the loss; used on the last stage.
+        transport: to the other stages; None if the model is one stage.
+        options: how to run it.
+        seed: of dropout and other random calls; None leaves them to torch's global generator.
+        observe: called with every timed action; None measures nothing.
+        device_name: for the timed actions.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        task: Task,
+        transport: Transport | None = None,
+        *,
+        options: RunnerOptions = _DEFAULT_OPTIONS,
+        seed: int | None = None,
+        observe: Callable[[TimedAction], None] | None = None,
+        device_name: str = "",
+    ) -> None:
+        blueprint = stage.blueprint
+        if transport is None and blueprint.num_stages > 1:
+            raise ValueError(f"{blueprint.num_stages} stages need a transport between them")
+        super().__init__(
+            [stage],
+            task,
+            transport,
+            device=blueprint.index,
+            placement=[(index,) for index in range(blueprint.num_stages)],
+            options=options,
+            seed=seed,
+            observe=observe,
+            device_name=device_name,
+        )
+        self.stage = stage
+
+
+_TAKES_GRADIENT = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
+
+
+def _place(actions: list[list[Action]], placement: Sequence[Sequence[int]]) -> list[list[PlacedAction]]:
+    if any(len(own) != 1 for own in placement):
+        raise ValueError("a device with several stages needs a placed schedule, such as Interleaved")
+    return [
+        [PlacedAction(action.kind, action.microbatch, stage) for action in actions[stage]]
+        for (stage,) in placement
+    ]
+
+
+def _apart(outputs: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[Any]:
+    """Results that do not share memory with received frames, which will be used again."""
+    borrowed = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    return [
+        value.clone()
+        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in borrowed
+        else value
+        for value in outputs
+    ]

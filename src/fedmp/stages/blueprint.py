@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import TreeSpec, tree_map
 
+from fedmp.graph.batch import in_batch, size_at
 from fedmp.graph.layer_graph import LayerGraph, LiveSet, ModeGraph, StateSpec, node_value
 
 __all__ = ["Program", "StageBlueprint", "ValueSpec", "draw_blueprints"]
@@ -24,7 +25,8 @@ class ValueSpec:
 
     Attributes:
         dtype: of the tensor.
-        dims: sizes; an int, or a sympy expression of the batch size.
+        dims: sizes; an int, or a sympy expression of the batch size. In memory order: a tensor that is
+            stored transposed crosses as it is stored, and is transposed back behind the cut.
         has_gradient: whether a gradient comes back for it in training.
     """
 
@@ -34,10 +36,7 @@ class ValueSpec:
 
     def shape(self, batch_size: int) -> tuple[int, ...]:
         """The shape for `batch_size` samples."""
-        return tuple(
-            dim if isinstance(dim, int) else int(dim.xreplace(dict.fromkeys(dim.free_symbols, batch_size)))
-            for dim in self.dims
-        )
+        return tuple(size_at(dim, batch_size) for dim in self.dims)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +49,16 @@ class Program:
         inputs: the boundary tensors that it takes next.
         outputs: the boundary tensors that it returns; empty for the last stage, which returns the
             model's flattened result.
+        out_spec: how the whole model's result is flattened in this mode.
+        rules: conditions on the batch size under which the graph is right.
     """
 
     module: fx.GraphModule
     state: tuple[str, ...]
     inputs: tuple[ValueSpec, ...]
     outputs: tuple[ValueSpec, ...]
+    out_spec: TreeSpec
+    rules: tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +72,10 @@ class StageBlueprint:
             parameter is owned by the first stage that uses it.
         shared: for each tied parameter here, the stages that use it, the owner first.
         train, eval: its two programs.
-        in_spec, out_spec: how the whole model's arguments and result are flattened.
+        in_spec: how the whole model's arguments are flattened.
+        out_spec: how its result is flattened in train mode; each program has its own.
         constants: the model's non-tensor arguments, by flattened position.
+        traced_batch_size: of the example inputs.
     """
 
     index: int
@@ -83,6 +88,7 @@ class StageBlueprint:
     in_spec: TreeSpec
     out_spec: TreeSpec
     constants: Mapping[int, Any]
+    traced_batch_size: int
 
     @property
     def is_first(self) -> bool:
@@ -135,6 +141,7 @@ def draw_blueprints(
                 in_spec=graph.in_spec,
                 out_spec=graph.out_spec,
                 constants=graph.train.constants,
+                traced_batch_size=graph.batch_size,
             )
         )
     return blueprints
@@ -173,7 +180,10 @@ def _program(
     state = [node for node in mode.state if node in used]
 
     new = fx.Graph()
-    built: dict[fx.Node, fx.Node] = {node: new.placeholder(node.name) for node in (*state, *before.tensors)}
+    built: dict[fx.Node, fx.Node] = {node: new.placeholder(node.name) for node in state}
+    arriving = {node: new.placeholder(node.name) for node in before.tensors}
+    for node, placeholder in arriving.items():
+        built[node] = _permuted(new, placeholder, _inverse(_memory_order(node, mode)) if start else None)
     for node in before.scalars:
         received = new.placeholder(f"{node.name}_scalar")
         built[node] = new.call_function(torch.ops.aten.item.default, (received,))
@@ -191,17 +201,39 @@ def _program(
     if is_last:
         results = tuple(lookup(value) if isinstance(value, fx.Node) else value for value in mode.results)
     else:
-        results = (*(built[node] for node in after.tensors), *(_as_tensor(new, built[n]) for n in after.scalars))
+        sent = [_permuted(new, built[node], _memory_order(node, mode)) for node in after.tensors]
+        results = (*sent, *(_as_tensor(new, built[node], node) for node in after.scalars))
     new.output(results)
-    called = {str(node.target) for node in new.nodes if node.op == "get_attr"}
-    root = {name: mode.submodules[name] for name in called}
+    called = {str(node.target) for node in new.nodes if node.op in ("get_attr", "call_module")}
     gradients = _with_gradient(mode, graph)
     return Program(
-        module=fx.GraphModule(root, new),
+        module=_compiled({name: _on_device(mode.submodules[name], device) for name in called}, new),
         state=tuple(mode.state[node] for node in state),
-        inputs=_specs(before, gradients),
-        outputs=() if is_last else _specs(after, gradients),
+        inputs=_specs(before, gradients, mode, is_permuted=start > 0),
+        outputs=() if is_last else _specs(after, gradients, mode, is_permuted=True),
+        out_spec=mode.out_spec,
+        rules=mode.rules,
     )
+
+
+def _compiled(root: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    module = fx.GraphModule(root, graph)
+    for name, child in root.items():  # GraphModule sets the training flag of what it is given
+        if child.training != module.get_submodule(name).training:
+            module.get_submodule(name).train(child.training)
+    return module
+
+
+def _on_device(module: Any, device: torch.device | None) -> Any:
+    """A graph that a node calls, with the tensors that it creates on `device`."""
+    if device is None or not isinstance(module, fx.GraphModule):
+        return module
+    new = fx.Graph()
+    built: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        built[node] = _copy(new, node, built.__getitem__, device)
+    called = {str(node.target) for node in new.nodes if node.op in ("get_attr", "call_module")}
+    return _compiled({name: _on_device(module.get_submodule(name), device) for name in called}, new)
 
 
 def _copy(new: fx.Graph, node: fx.Node, lookup: Any, device: torch.device | None) -> fx.Node:
@@ -212,8 +244,41 @@ def _copy(new: fx.Graph, node: fx.Node, lookup: Any, device: torch.device | None
     return copied
 
 
-def _as_tensor(new: fx.Graph, number: fx.Node) -> fx.Node:
-    return new.call_function(torch.ops.aten.scalar_tensor.default, (number,), {"dtype": torch.int64})
+def _memory_order(node: fx.Node, mode: ModeGraph) -> tuple[int, ...] | None:
+    """The dims from the slowest to the fastest in memory; None if that is their own order."""
+    value = node_value(node)
+    if value.layout is not torch.strided:
+        return None
+    sizes = [size_at(dim, 7) for dim in _dims(value.shape, mode)]
+    strides = [size_at(dim, 7) for dim in _dims(value.stride(), mode)]
+    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
+        return None
+    wide = [dim for dim, size in enumerate(sizes) if size > 1]
+    ordered = iter(sorted(wide, key=lambda dim: -strides[dim]))
+    order = tuple(next(ordered) if size > 1 else dim for dim, size in enumerate(sizes))
+    return None if order == tuple(range(len(order))) else order
+
+
+def _inverse(order: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if order is None else tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _permuted(new: fx.Graph, node: fx.Node, order: tuple[int, ...] | None) -> fx.Node:
+    if order is None:
+        return node
+    return new.call_function(torch.ops.aten.permute.default, (node, list(order)))
+
+
+_SCALAR_TYPES = ((torch.SymInt, torch.int64), (torch.SymFloat, torch.float64), (torch.SymBool, torch.bool))
+
+
+def _scalar_dtype(node: fx.Node) -> torch.dtype:
+    value = node_value(node)
+    return next((dtype for kind, dtype in _SCALAR_TYPES if isinstance(value, kind)), torch.int64)
+
+
+def _as_tensor(new: fx.Graph, number: fx.Node, node: fx.Node) -> fx.Node:
+    return new.call_function(torch.ops.aten.scalar_tensor.default, (number,), {"dtype": _scalar_dtype(node)})
 
 
 def _with_gradient(mode: ModeGraph, graph: LayerGraph) -> set[fx.Node]:
@@ -232,21 +297,25 @@ def _with_gradient(mode: ModeGraph, graph: LayerGraph) -> set[fx.Node]:
     return flowing
 
 
-def _specs(live: LiveSet, gradients: set[fx.Node]) -> tuple[ValueSpec, ...]:
-    tensors = tuple(
-        ValueSpec(node_value(node).dtype, _dims(node_value(node)), node in gradients) for node in live.tensors
-    )
-    return tensors + tuple(ValueSpec(torch.int64, (), False) for _ in live.scalars)
+def _specs(
+    live: LiveSet, gradients: set[fx.Node], mode: ModeGraph, *, is_permuted: bool
+) -> tuple[ValueSpec, ...]:
+    tensors = []
+    for node in live.tensors:
+        dims = _dims(node_value(node).shape, mode)
+        order = _memory_order(node, mode) if is_permuted else None
+        dims = dims if order is None else tuple(dims[dim] for dim in order)
+        tensors.append(ValueSpec(node_value(node).dtype, dims, node in gradients))
+    return (*tensors, *(ValueSpec(_scalar_dtype(node), (), False) for node in live.scalars))
 
 
-def _dims(value: torch.Tensor) -> tuple[Any, ...]:
+def _dims(sizes: Any, mode: ModeGraph) -> tuple[Any, ...]:
+    """Sizes or strides: ints, and expressions of the batch size."""
     dims: list[Any] = []
-    for size in value.shape:
+    for size in sizes:
         if isinstance(size, int):
             dims.append(size)
         else:
-            expression = size.node.expr
+            expression = in_batch(size.node.expr, mode.sizes)
             dims.append(int(expression) if expression.is_number else expression)
     return tuple(dims)
-
-

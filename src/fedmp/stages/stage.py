@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fedmp.stages.blueprint import StageBlueprint
+from fedmp.graph.batch import BATCH, size_at
+from fedmp.graph.portable import to_plain
+from fedmp.stages.blueprint import StageBlueprint, ValueSpec
 
 __all__ = ["Stage"]
 
@@ -32,6 +35,7 @@ class Stage(nn.Module):
         super().__init__()
         self._blueprint = blueprint
         self._slots: dict[str, tuple[nn.Module, str]] = {}
+        self._accepted: set[Any] = set()
         self._install(tensors if tensors is not None else _empty(blueprint, torch.device("meta")))
 
     @property
@@ -53,11 +57,13 @@ class Stage(nn.Module):
         results = self.run(tensors)
         if not self._blueprint.is_last:
             return results
-        return tree_unflatten(list(results), self._blueprint.out_spec)
+        return tree_unflatten(list(results), self._blueprint.program(training=self.training).out_spec)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """Like `forward`, with flat tensors in and a flat tuple out."""
         program = self._blueprint.program(training=self.training)
+        if self._blueprint.is_first:
+            self._check_sizes(tensors)
         return program.module(*self.state_tensors(program.state), *tensors)  # type: ignore[no-any-return]
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -67,10 +73,10 @@ class Stage(nn.Module):
             ValueError: the arguments differ in structure, or in a constant, from the example inputs.
         """
         spec = self._blueprint.in_spec
-        names = list(spec.child(1).context) if spec.num_children == 2 else []
+        names = list(spec.child(1).context)
         if sorted(names) != sorted(kwargs):
             raise ValueError(f"the model was traced with keyword inputs {names}, not {list(kwargs)}")
-        leaves, given = tree_flatten((args, {name: kwargs[name] for name in names}))
+        leaves, given = tree_flatten(to_plain((args, {name: kwargs[name] for name in names})))
         if given != spec:
             raise ValueError(f"the model was traced with inputs {spec}, not {given}; trace it for these")
         constants = self._blueprint.constants
@@ -121,6 +127,33 @@ class Stage(nn.Module):
                     )
                 target.copy_(tensors[name])
 
+    def _check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Refuse inputs for which the trace would be wrong."""
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        key = (self.training, shapes)
+        if key in self._accepted:
+            return
+        program = self._blueprint.program(training=self.training)
+        traced = self._blueprint.traced_batch_size
+        batch_size = _batch_size(program.inputs, shapes, traced)
+        expected = tuple(spec.shape(batch_size) for spec in program.inputs)
+        if shapes != expected:
+            raise ValueError(
+                f"the model was traced with inputs of shapes {[spec.shape(traced) for spec in program.inputs]}, "
+                f"not {list(shapes)}; only the batch dim may differ"
+                + ("" if any(BATCH in _symbols(spec.dims) for spec in program.inputs) else ", and not even that")
+                + " (the forward fixes it); trace the model for these shapes"
+            )
+        for rule in program.rules:
+            if rule.xreplace({BATCH: sympy.Integer(batch_size)}) == sympy.false:
+                raise ValueError(
+                    f"the model was traced with {traced} samples, shapes "
+                    f"{[spec.shape(traced) for spec in program.inputs]}; with {batch_size} samples, shapes "
+                    f"{list(shapes)}, its forward may take another path ({rule} does not hold); trace it for "
+                    f"that batch size, or use batches for which this holds"
+                )
+        self._accepted.add(key)
+
     def _install(self, tensors: Mapping[str, torch.Tensor]) -> None:
         owned = set(self._blueprint.owned)
         for name, spec in self._blueprint.state.items():
@@ -132,6 +165,19 @@ class Stage(nn.Module):
     def extra_repr(self) -> str:
         """Its place in the pipeline."""
         return f"stage {self._blueprint.index} of {self._blueprint.num_stages}"
+
+
+def _batch_size(specs: Sequence[ValueSpec], shapes: Sequence[tuple[int, ...]], traced: int) -> int:
+    """The batch size that the inputs' shapes show."""
+    for spec, shape in zip(specs, shapes, strict=True):
+        for dim, size in zip(spec.dims, shape, strict=False):
+            if BATCH in _symbols((dim,)) and size_at(dim, 1):
+                return size // size_at(dim, 1)
+    return traced
+
+
+def _symbols(dims: Sequence[Any]) -> set[Any]:
+    return {symbol for dim in dims if not isinstance(dim, int) for symbol in dim.free_symbols}
 
 
 def _empty(blueprint: StageBlueprint, device: torch.device) -> dict[str, torch.Tensor]:

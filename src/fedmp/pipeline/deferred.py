@@ -1,0 +1,170 @@
+"""Layers whose backward computes the gradient of their input at once and that of their weight later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["DeferredConvolution", "DeferredLinear", "WeightGradients"]
+
+Work = Callable[[], None]
+
+
+class WeightGradients:
+    """The weight gradients that are still to be computed, by micro-batch.
+
+    Attributes:
+        current: where the backward that runs puts its work.
+    """
+
+    def __init__(self) -> None:
+        self.current: list[Work] = []
+        self._waiting: dict[int, list[Work]] = {}
+
+    def begin(self, microbatch: int) -> None:
+        """A backward of inputs starts."""
+        self.current = self._waiting[microbatch] = []
+
+    def compute(self, microbatch: int) -> None:
+        """Compute what a micro-batch left, and add it to the parameters' `grad`."""
+        for work in self._waiting.pop(microbatch):
+            work()
+
+    def clear(self) -> None:
+        """Forget everything, after an error."""
+        self.current = []
+        self._waiting.clear()
+
+
+class DeferredLinear(nn.Module):
+    """`aten.linear`, the gradient of its weight left to `store`."""
+
+    def __init__(self, store: WeightGradients) -> None:
+        super().__init__()
+        self._store = store
+
+    def forward(
+        self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`inputs @ weight.T + bias`."""
+        return _Linear.apply(inputs, weight, bias, self._store)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class DeferredConvolution(nn.Module):
+    """`aten.conv1d` or `aten.conv2d`, the gradient of its weight left to `store`."""
+
+    def __init__(self, store: WeightGradients, num_dims: int) -> None:
+        super().__init__()
+        self._store = store
+        self._num_dims = num_dims
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Sequence[int] = (1,),
+        padding: Sequence[int] = (0,),
+        dilation: Sequence[int] = (1,),
+        groups: int = 1,
+    ) -> torch.Tensor:
+        """The convolution."""
+        expand = lambda sizes: list(sizes) * (self._num_dims // len(sizes))  # noqa: E731
+        settings = (expand(stride), expand(padding), expand(dilation), groups)
+        return _Convolution.apply(inputs, weight, bias, settings, self._store)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        store: WeightGradients,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.weight, ctx.bias, ctx.store = weight, bias, store
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = gradients
+        (inputs,) = ctx.saved_tensors
+        weight, bias = ctx.weight, ctx.bias
+
+        def later() -> None:
+            rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[None]
+            if weight.requires_grad:
+                _add(weight, rows.T @ inputs.to(rows.dtype).reshape(rows.shape[0], -1))
+            if bias is not None and bias.requires_grad:
+                _add(bias, rows.sum(0))
+
+        ctx.store.current.append(later)
+        wanted = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        return wanted, None, None, None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        settings: tuple[list[int], list[int], list[int], int],
+        store: WeightGradients,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.weight, ctx.bias, ctx.settings, ctx.store = weight, bias, settings, store
+        stride, padding, dilation, groups = settings
+        zeros = [0] * len(stride)
+        return torch.ops.aten.convolution.default(
+            inputs, weight, bias, stride, padding, dilation, False, zeros, groups
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = gradients
+        (inputs,) = ctx.saved_tensors
+        weight, bias = ctx.weight, ctx.bias
+        stride, padding, dilation, groups = ctx.settings
+
+        def part(mask: list[bool]) -> Any:
+            return torch.ops.aten.convolution_backward.default(
+                gradient,
+                inputs.to(gradient.dtype),
+                weight.to(gradient.dtype),
+                None if bias is None else list(bias.shape),
+                stride,
+                padding,
+                dilation,
+                False,
+                [0] * len(stride),
+                groups,
+                mask,
+            )
+
+        def later() -> None:
+            with_bias = bias is not None and bias.requires_grad
+            _, of_weight, of_bias = part([False, weight.requires_grad, with_bias])
+            if weight.requires_grad:
+                _add(weight, of_weight)
+            if with_bias:
+                _add(bias, of_bias)
+
+        ctx.store.current.append(later)
+        wanted = part([True, False, False])[0] if ctx.needs_input_grad[0] else None
+        return wanted, None, None, None, None
+
+
+def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+    gradient = gradient.detach().to(parameter.dtype)
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad.add_(gradient)

@@ -1,0 +1,28 @@
+"""How a device runs its stages: what to trade for memory, bytes or speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedmp.pipeline.compression import Compression
+
+__all__ = ["RunnerOptions"]
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """Choices for a runner; all but `checkpoint` must be the same on all of a client's devices.
+
+    Attributes:
+        checkpoint: keep only a stage's inputs until the backward, and compute its activations again.
+        autocast: compute in this dtype where torch thinks it safe; None computes in the weights' dtype.
+            Tensors cross a boundary in the dtype they were traced with, and are no less precise for it.
+        compress_activations, compress_gradients: what crosses a boundary: "none", "bf16" or "int8".
+    """
+
+    checkpoint: bool = False
+    autocast: torch.dtype | None = None
+    compress_activations: Compression = "none"
+    compress_gradients: Compression = "none"

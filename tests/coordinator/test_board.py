@@ -1,0 +1,125 @@
+"""The notice board between the round loop and the devices."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from fedmp.coordinator import Board
+from fedmp.errors import FedmpError, PipelineError, RoundError, TrainingError
+from fedmp.records import FailureReport
+from tests.support.service import members
+
+MEMBERS = members()
+
+
+def opened(*cohort: str, reported: tuple[tuple[str, int], ...] = ()) -> Board:
+    board = Board(MEMBERS)
+    board.open_round(3, cohort or ("ann", "bob"), reported)
+    return board
+
+
+def report_all(board: Board, client: str) -> None:
+    for stage in (0, 1):
+        board.reported(MEMBERS[f"{client}{stage}"], 5)
+
+
+def test_before_the_first_round_devices_wait() -> None:
+    instruction = Board(MEMBERS).instruction_for(MEMBERS["ann0"])
+    assert (instruction.kind, instruction.reason) == ("wait", "the first round has not begun")
+
+
+def test_a_device_of_the_cohort_trains_the_open_round() -> None:
+    instruction = opened().instruction_for(MEMBERS["bob1"])
+    assert (instruction.kind, instruction.round) == ("train", 3)
+
+
+def test_a_device_outside_the_cohort_waits_and_is_told_why() -> None:
+    instruction = opened("ann").instruction_for(MEMBERS["bob1"])
+    assert (instruction.kind, instruction.reason) == ("wait", "not in this round's cohort")
+
+
+def test_a_device_that_has_reported_waits() -> None:
+    board = opened(reported=(("ann", 0),))
+    assert board.instruction_for(MEMBERS["ann0"]).kind == "wait"
+    assert board.instruction_for(MEMBERS["ann1"]).kind == "train"
+
+
+def test_all_devices_are_sent_home_at_the_end() -> None:
+    board = opened("ann")
+    board.stop("the job is over")
+    assert {board.instruction_for(member).kind for member in MEMBERS.values()} == {"stop"}
+
+
+def test_the_cohort_is_complete_when_every_stage_of_every_client_has_reported() -> None:
+    board = opened()
+    report_all(board, "ann")
+    board.reported(MEMBERS["bob0"], 5)
+    assert board.wait_for_cohort(timeout_s=0) is False
+    assert board.missing() == {"bob": [1]}
+    board.reported(MEMBERS["bob1"], 5)
+    assert board.wait_for_cohort(timeout_s=0) is True
+    assert board.bytes_up == 20
+
+
+def test_a_wait_ends_as_soon_as_the_last_stage_reports() -> None:
+    board = opened("ann")
+    threading.Thread(target=report_all, args=(board, "ann"), daemon=True).start()
+    started_s = time.monotonic()
+    assert board.wait_for_cohort(timeout_s=60) is True
+    assert time.monotonic() - started_s < 30
+
+
+def test_a_cause_ends_the_wait_at_once_with_its_own_kind_of_error() -> None:
+    board = opened()
+    board.failed(FailureReport(kind="TrainingError", message="the loss is nan", round=3))
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        board.wait_for_cohort(timeout_s=60)
+
+
+def test_a_cause_is_told_rather_than_the_losses_that_follow_from_it() -> None:
+    board = opened()
+    board.failed(FailureReport(kind="PipelineError", message="lost stage 1", round=3))
+    assert board.wait_for_cohort(timeout_s=0) is False, "the cause has a moment to become known"
+    board.failed(FailureReport(kind="TrainingError", message="the loss is nan", round=3))
+    board.failed(FailureReport(kind="PipelineError", message="lost stage 0", round=3))
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        board.wait_for_cohort(timeout_s=0)
+
+
+def test_a_loss_whose_cause_stays_unknown_is_told_after_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmp.coordinator.board._CAUSE_S", 0.0)
+    board = opened()
+    board.failed(FailureReport(kind="PipelineError", message="lost stage 1", round=3))
+    with pytest.raises(PipelineError, match="lost stage 1"):
+        board.wait_for_cohort(timeout_s=60)
+
+
+@pytest.mark.parametrize("kind", ["Surprise", "ConfigError", "SystemExit", "os.system"])
+def test_a_kind_of_failure_that_devices_do_not_have_becomes_a_round_error(kind: str) -> None:
+    board = opened()
+    board.failed(FailureReport(kind=kind, message="what?", round=3))
+    with pytest.raises(RoundError, match=r"what\?") as error:
+        board.wait_for_cohort(timeout_s=60)
+    assert isinstance(error.value, FedmpError)
+
+
+def test_it_knows_how_long_a_client_has_been_silent() -> None:
+    board = opened()
+    assert board.silent_s("ann") is None
+    board.heard(MEMBERS["ann1"])
+    silent_s = board.silent_s("ann")
+    assert silent_s is not None
+    assert 0 <= silent_s < 60
+
+
+def test_listeners_hear_of_every_change() -> None:
+    board = opened()
+    heard: list[int] = []
+    board.listen(lambda: heard.append(1))
+    board.reported(MEMBERS["ann0"], 1)
+    board.close_round()
+    board.stop("over")
+    assert len(heard) == 3

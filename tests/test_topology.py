@@ -1,0 +1,84 @@
+"""Topologies: shorthands, checks, and the ones that come with fedmp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from fedmp import Client, Device, Link, Links, Topology
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "topology"
+
+
+def test_a_count_makes_numbered_devices_with_the_same_fields() -> None:
+    client = Client(name="lab", devices={"count": 3, "flops_per_s": 1e9, "memory_bytes": "2 GiB"})
+    assert [device.name for device in client.devices] == ["d0", "d1", "d2"]
+    assert {(device.flops_per_s, device.memory_bytes) for device in client.devices} == {(1e9, 2 << 30)}
+
+
+def test_a_number_of_devices_is_enough() -> None:
+    assert [device.name for device in Client(name="lab", devices=2).devices] == ["d0", "d1"]
+
+
+def test_a_count_makes_numbered_clients() -> None:
+    topology = Topology(clients={"count": 10, "devices": {"count": 5}})
+    assert [client.name for client in topology.clients] == [f"c{index}" for index in range(10)]
+    assert topology.num_devices == 50
+
+
+@pytest.mark.parametrize(("text", "size"), [("4 GiB", 4 << 30), ("512MB", 512_000_000), (1024, 1024)])
+def test_memory_is_a_number_of_bytes_or_has_a_unit(text: str | int, size: int) -> None:
+    assert Device("d", memory_bytes=text).memory_bytes == size
+
+
+def test_a_pair_has_its_own_link_in_either_order() -> None:
+    slow = Link(bandwidth_bytes_per_s=1e6, latency_s=0.1)
+    links = Links(pairs={"a,b": slow})
+    assert links.between("a", "b") == links.between("b", "a") == slow
+    assert links.between("a", "c") == Link()
+
+
+def test_a_transfer_takes_latency_and_bytes_over_bandwidth() -> None:
+    link = Link(bandwidth_bytes_per_s=1e6, latency_s=0.5)
+    assert link.transfer_s(2e6) == 2.5
+    assert link.transfer_s(0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"clients": []}, "at least 1 item"),
+        ({"clients": {"count": 0, "devices": 1}}, "count is 0; it must be at least 1"),
+        ({"clients": [{"name": "a", "devices": []}]}, "at least 1 item"),
+        ({"clients": [{"name": "a", "devices": 1}, {"name": "a", "devices": 1}]}, "a occurs more than once"),
+        ({"clients": [{"name": "a", "devices": [{"name": "x"}, {"name": "x"}]}]}, "x occurs more than once"),
+        ({"clients": [{"name": "../a", "devices": 1}]}, "should match pattern"),
+        ({"clients": [{"name": "a.b", "devices": 1}]}, "should match pattern"),
+        ({"clients": [{"name": "a", "devices": {"count": 1, "flops": 1}}]}, "flops"),
+        ({"clients": [{"name": "a", "devices": {"count": 1, "flops_per_s": 0}}]}, "greater than 0"),
+        ({"clients": [{"name": "a", "devices": {"count": 1, "memory_bytes": "4 apples"}}]}, "byte"),
+        ({"clients": [{"name": "a", "devices": 1, "colour": "red"}]}, "colour"),
+    ],
+)
+def test_a_topology_that_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Topology.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("three_labs", [2, 2, 2]), ("one_client_four_devices", [4]), ("uneven", [3, 2]), ("paper50", [5] * 10)],
+)
+def test_a_topology_that_comes_with_fedmp_has_the_devices_that_it_says(name: str, devices: list[int]) -> None:
+    topology = Topology.model_validate(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
+    assert topology.name == name
+    assert [len(client.devices) for client in topology.clients] == devices
+
+
+def test_uneven_devices_differ_in_speed_by_ten() -> None:
+    topology = Topology.model_validate(yaml.safe_load((CONFIGS / "uneven.yaml").read_text()))
+    speeds = [device.flops_per_s for device in topology.clients[0].devices]
+    assert max(speeds) / min(speeds) == 10
