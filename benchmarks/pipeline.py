@@ -176,7 +176,9 @@ def measure(
     ways: dict[str, Way], size: Size, repeats: int, barrier: Callable[[], object], rank: int
 ) -> dict[str, list[float]]:
     """Median step seconds of each way in each repeat."""
-    times: dict[str, list[float]] = {name: [] for name in ("ours", "ours, long warm-up", "rival", "one process")}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("ours", "ours, long warm-up", "rival", "one process")
+    }
     for repeat in range(repeats + 1):
         for name, recorded in times.items():
             seconds = []
@@ -247,7 +249,9 @@ def summarise(size: Size, times: dict[str, list[float]]) -> dict[str, float]:
 
 def main() -> None:
     """Run what was asked for and keep it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--sizes", nargs="*", default=[size.name for size in SIZES])
     options = parser.parse_args()

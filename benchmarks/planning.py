@@ -178,7 +178,7 @@ def measure_quality(num_instances: int) -> list[Quality]:
 
 def show(speed: Sequence[Speed], quality: Sequence[Quality], num_instances: int) -> None:
     """Print both tables."""
-    console = Console(width=120)
+    console = Console(width=132)
     table = Table(
         "problem",
         "partitioner",

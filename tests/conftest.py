@@ -21,6 +21,9 @@ def pytest_configure() -> None:
     beside = REPOSITORY.parent / "shared" / "data"
     if beside.is_dir():
         os.environ.setdefault("FEDMP_DATA_DIR", str(beside))
+    if os.environ.get("PYTHONPATH"):  # tests that change the folder start processes that need it too
+        paths = os.environ["PYTHONPATH"].split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in paths)
 
 
 @pytest.fixture

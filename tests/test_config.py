@@ -82,7 +82,7 @@ def test_a_config_survives_json() -> None:
         (["+engine.prt=1"], r"unknown key engine\.prt; did you mean engine\.port\?"),
         (["engine._target_=fedmp.engine.nowhere.Engine"], r"engine \(fedmp\.engine\.nowhere\.Engine\)"),
         (["centralized={epochs: 1}"], r"centralized\.optimizer is missing"),
-        (["+topology.clients.0.devices.flops_per_s=-1"], "flops_per_s is -1"),
+        (["topology.clients.0.devices.flops_per_s=-1"], "flops_per_s is -1"),
     ],
 )
 def test_a_config_error_names_the_key_and_the_value(overrides: list[str], message: str) -> None:

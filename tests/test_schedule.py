@@ -25,7 +25,7 @@ from fedmp.schedule import (
     schedule_by_name,
 )
 
-F, B, I, W = ActionKind
+F, B, OF_INPUT, W = ActionKind
 SCHEDULES: list[Schedule] = [GPipe(), OneFOneB(), OneFOneB(warmup="short"), ZeroBubble()]
 PLACED: list[PlacedSchedule] = [
     Interleaved(),
@@ -89,7 +89,7 @@ def test_zero_bubble_and_interleaving_shorten_the_step() -> None:
                 action = listed[at[device]]
                 needed = {
                     F: [(F, -1)] if action.stage else [],
-                    W: [(I, 0)],
+                    W: [(OF_INPUT, 0)],
                 }.get(action.kind, [(action.kind, 1)] if action.stage < last else [(F, 0)])
                 wanted = [PlacedAction(k, action.microbatch, action.stage + d) for k, d in needed]
                 if all(other in done for other in wanted):
@@ -98,7 +98,7 @@ def test_zero_bubble_and_interleaving_shorten_the_step() -> None:
                     at[device] += 1
         return max(free)
 
-    whole = {F: 1.0, B: 2.0, I: 1.0, W: 1.0}
+    whole = {F: 1.0, B: 2.0, OF_INPUT: 1.0, W: 1.0}
     plain = [
         [PlacedAction(a.kind, a.microbatch, s) for a in listed]
         for s, listed in enumerate(OneFOneB(warmup="short").actions(4, 8))
@@ -121,12 +121,12 @@ def test_the_checker_names_what_is_missing_and_what_is_repeated() -> None:
 
 def test_the_checker_refuses_a_backward_both_whole_and_split() -> None:
     with pytest.raises(ValueError, match="repeated or unknown"):
-        check_actions([[Action(F, 0), Action(B, 0), Action(I, 0), Action(W, 0)]], 1)
+        check_actions([[Action(F, 0), Action(B, 0), Action(OF_INPUT, 0), Action(W, 0)]], 1)
 
 
 def test_the_checker_refuses_half_a_backward() -> None:
     with pytest.raises(ValueError, match=r"missing \['W0'\]"):
-        check_actions([[Action(F, 0), Action(I, 0)]], 1)
+        check_actions([[Action(F, 0), Action(OF_INPUT, 0)]], 1)
 
 
 def test_the_checker_names_the_stages_that_wait_for_each_other() -> None:

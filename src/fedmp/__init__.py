@@ -42,7 +42,6 @@ _HOMES = {
     "Result": "fedmp.engine",
     "Topology": "fedmp.topology",
     "merge": "fedmp.stages",
-    "partition": "fedmp.partition.api",
     "run_stages": "fedmp.stages",
     "split": "fedmp.stages",
 }
@@ -69,6 +68,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "partition":  # a package that can be called, so that configs may name what is in it
+        return importlib.import_module("fedmp.partition")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fedmp' has no attribute {name!r}")

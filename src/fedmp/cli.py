@@ -60,6 +60,8 @@ _VALUE_FLAGS = {
     "-p",
 }
 
+_PLAIN_FLAGS = {"--multirun", "-m", "--run", "-r", "--resolve", "--info", "-i", "--hydra-help"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -172,7 +174,7 @@ def _compose(arguments: list[str], task: Callable[[RunConfig], None]) -> None:
         task(config)
 
     kept = sys.argv
-    sys.argv = ["fedmp", *_free_overrides(arguments)]
+    sys.argv = ["fedmp", *_flags_first(_free_overrides(arguments))]
     try:
         app()
     finally:
@@ -195,6 +197,27 @@ def _free_overrides(arguments: Sequence[str]) -> list[str]:
             argument = f"++{argument}"
         freed.append(argument)
     return freed
+
+
+def _flags_first(arguments: Sequence[str]) -> list[str]:
+    """Let flags stand between overrides: the parser that Hydra uses takes overrides in one piece only.
+
+    Raises:
+        ConfigError: there is no such flag.
+    """
+    from fedmp.errors import ConfigError
+
+    flags, overrides = [], []
+    for index, argument in enumerate(arguments):
+        if index > 0 and arguments[index - 1] in _VALUE_FLAGS:
+            flags.append(argument)
+        elif argument.startswith("-"):
+            if argument.partition("=")[0] not in _VALUE_FLAGS | _PLAIN_FLAGS:
+                raise ConfigError(f"there is no option {argument!r}; see `fedmp --help`")
+            flags.append(argument)
+        else:
+            overrides.append(argument)
+    return [*flags, *overrides]
 
 
 def _groups(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -224,6 +247,7 @@ def _message(error: BaseException) -> str | None:
     """What to tell the user of an error; None for one that is ours."""
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from fedmp.errors import FedmpError
 
@@ -235,7 +259,7 @@ def _message(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"group {group} has no choice {choice!r}; there are {', '.join(error.options)}"
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         return " ".join(str(error).split())
     return None
 

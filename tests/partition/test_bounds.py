@@ -7,7 +7,7 @@ import pytest
 
 from fedmp.partition import cost_model, step_s
 from fedmp.partition.bound import step_bound_s
-from fedmp.partition.lattice import any_order, count_any_order
+from fedmp.partition.lattice import any_order
 from fedmp.partition.problem import make_problem
 from fedmp.partition.search import search
 from fedmp.partition.space import Choice, Space
@@ -84,9 +84,3 @@ def test_a_search_with_a_limit_finds_only_what_is_faster() -> None:
         best = search(space, max_expansions=20_000)
         assert search(space, max_expansions=20_000, limit_s=best.step_s * 1.01).step_s == best.step_s
         assert search(space, max_expansions=20_000, limit_s=best.step_s).choice is None
-
-
-@pytest.mark.parametrize("counts", [[1], [3], [1, 1, 1], [2, 3], [3, 3, 2]])
-def test_states_are_counted_as_they_are_made(counts: list[int]) -> None:
-    made = [any_order(counts, stages).num_states if stages else 0 for stages in range(sum(counts) + 1)]
-    assert count_any_order(counts).tolist() == made

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
 
 from fedmp.graph import LayerGraph, trace
-from fedmp.pipeline import BatchResult, DeviceRunner, MicroBatches, RunnerOptions, StageRunner, microbatch_sizes
+from fedmp.pipeline import (
+    BatchResult,
+    DeviceRunner,
+    MicroBatches,
+    RunnerOptions,
+    StageRunner,
+    microbatch_sizes,
+)
 from fedmp.schedule import PlacedSchedule, Schedule
 from fedmp.stages import Stage, model_state, split_graph
 from fedmp.tasks import CrossEntropy, Task
@@ -18,9 +25,10 @@ from tests.support.memory_transport import MemoryHub, MemoryTransport, run_ranks
 from tests.support.models import CASES, build, even_cuts, plan_at
 
 PLAIN = RunnerOptions()
+torch.set_num_threads(1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _traced(name: str) -> tuple[nn.Module, LayerGraph]:
     model = build(name)
     inputs, _ = CASES[name][1](4, 0)

@@ -123,7 +123,9 @@ def test_dropout_is_the_same_whatever_the_stages_and_the_schedule() -> None:
     batch = noisy_batch(12)
     graph = trace(model, (batch[0],))
 
-    def gradients(num_stages: int, schedule: Schedule, seed: int, step: int = 0, **options: bool) -> torch.Tensor:
+    def gradients(
+        num_stages: int, schedule: Schedule, seed: int, step: int = 0, **options: bool
+    ) -> torch.Tensor:
         stages = own_stages(model, graph, num_stages)
         train(
             make_runners(stages, seed=seed, options=RunnerOptions(**options)),
@@ -243,7 +245,9 @@ def test_integers_bools_skips_and_none_cross_every_cut() -> None:
         assert_same_gradients(stages, model)
     placement = Interleaved().placement(2)
     stages = own_stages(model, graph, 4)
-    train(make_runners(stages, task=FirstOutput(), placement=placement), cut((ids, targets), 3), Interleaved())
+    train(
+        make_runners(stages, task=FirstOutput(), placement=placement), cut((ids, targets), 3), Interleaved()
+    )
     assert_same_gradients(stages, model)
 
 
@@ -255,5 +259,3 @@ def test_a_seed_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     train(make_runners(stages, seed=1), cut(batch, 2), GPipe())
     assert torch.equal(before, torch.get_rng_state())
-
-

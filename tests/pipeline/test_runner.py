@@ -58,9 +58,7 @@ def test_pipelined_gradients_equal_those_of_one_process(
 
 @pytest.mark.parametrize("schedule", PLACED, ids=lambda schedule: schedule.name)
 @pytest.mark.parametrize("name", ["cnn", "gpt"])
-def test_gradients_are_exact_where_a_device_runs_several_stages(
-    name: str, schedule: PlacedSchedule
-) -> None:
+def test_gradients_are_exact_where_a_device_runs_several_stages(name: str, schedule: PlacedSchedule) -> None:
     model, graph = traced(name)
     stages = own_stages(model, graph, 4)
     runners = make_runners(stages, placement=schedule.placement(2))

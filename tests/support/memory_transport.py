@@ -67,6 +67,7 @@ def run_ranks(work: Callable[[int], T], world_size: int) -> list[T]:
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
+        torch.set_num_threads(1)  # counts for each thread alone; more would fight over the cores
         try:
             results[rank] = work(rank)
         except BaseException as error:

@@ -155,7 +155,9 @@ class _Device:
             pipeline_bytes=self._runner.bytes_sent - bytes_before,
             train_s=time.monotonic() - started_s,
             timeline=tuple(
-                (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s) for a in self._timeline
+                (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s)
+                for a in self._timeline
+                if a.kind != "send"
             ),
         )
         self._timeline = []

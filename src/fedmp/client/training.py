@@ -36,6 +36,7 @@ class LocalWork:
         seed: the job's.
         learning_rate, num_rounds: how the rate changes over so many rounds.
         evaluate_first: evaluate the round's starting model on the client's data.
+        max_gradient_norm: clip each step's gradient to this norm over the whole model; None does not.
     """
 
     optimizer: OptimizerFactory
@@ -48,6 +49,7 @@ class LocalWork:
     evaluate_first: bool
     learning_rate: LearningRate = field(default_factory=Constant)
     num_rounds: int = 1
+    max_gradient_norm: float | None = None
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps in one round on so many samples."""
@@ -102,6 +104,8 @@ class StageTrainer:
         """
         parameters = [p for p in self._runner.stage.parameters() if p.requires_grad]
         optimizer = self._work.optimizer(parameters) if parameters else None
+        # the same dropout whatever engine runs the client, however its model is cut
+        self._runner.seed = derive_seed(self._work.seed, "noise", self._client)
         rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         num_steps = self._work.num_steps(self._num_samples)
         total = BatchResult()
@@ -112,7 +116,7 @@ class StageTrainer:
             batch = self.batch(indices)
             result = self._runner.train_batch(batch, self._work.schedule, round=round, step=step)
             self._check(result, round, step)
-            self._runner.finish_gradients(round=round, step=step)
+            self._runner.finish_gradients(round=round, step=step, max_norm=self._work.max_gradient_norm)
             if optimizer is not None:
                 progress = (round - 1 + step / num_steps) / max(round, self._work.num_rounds)
                 factor = self._work.learning_rate.factor(progress)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +105,8 @@ def prepare(job: Job) -> Prepared:
         raise DataError(f"client {empty[0]} has no training samples; use another split or fewer clients")
     model = _build(job)
     example = data.train.input_batch(torch.arange(min(job.batch_size, len(data.train))))
-    graph = trace(model, (example,))
+    with _quiet_torch():
+        graph = trace(model, (example,))
     work = LocalWork(
         optimizer=job.optimizer,
         schedule=job.schedule,
@@ -140,6 +144,18 @@ def prepare(job: Job) -> Prepared:
         table=describe(data.train, rows, names),
         work=work,
     )
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """torch prints the graph so far when it cannot go on; our error says it in one line."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _build(job: Job) -> nn.Module:

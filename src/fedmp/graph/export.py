@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,38 +18,16 @@ import sympy
 import torch
 import torch.fx.experimental._config as shape_config
 from torch import nn
-from torch.distributions import Distribution
-from torch.nn.modules import transformer
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec
 
 from fedmp.errors import TraceError
 from fedmp.graph.batch import BATCH, in_batch
 from fedmp.graph.chance import DecideCertainBranches
+from fedmp.graph.flat import FlatForward, FlatInputs
 from fedmp.graph.leaf import LeafTracer
-from fedmp.graph.portable import to_plain
+from fedmp.graph.traceable import traceable
 
-__all__ = ["Exported", "FlatInputs", "export_mode", "flatten_inputs"]
-
-
-@dataclass(frozen=True)
-class FlatInputs:
-    """A model's arguments, flattened.
-
-    Attributes:
-        tensors: the tensor arguments, in order.
-        constants: the other ones by flattened position.
-        spec: how (args, kwargs) flatten.
-        batch_size: first dim of the first tensor.
-    """
-
-    tensors: tuple[torch.Tensor, ...]
-    constants: Mapping[int, Any]
-    spec: TreeSpec
-    batch_size: int
-
-    def rebuild(self, tensors: Sequence[Any]) -> Any:
-        """(args, kwargs) with other tensors."""
-        return _fill(self.spec, self.constants, tensors)
+__all__ = ["Exported", "export_mode"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +39,7 @@ class Exported:
         out_spec, out_constants: how the result flattens, and its leaves that are not tensors.
         sizes: for each symbol of the program's shapes, the size it stands for in terms of the batch size.
         rules: conditions on the batch size under which the program is right.
+        has_leaves: whether parts of it were not traced into.
     """
 
     program: torch.export.ExportedProgram
@@ -68,24 +47,7 @@ class Exported:
     out_constants: Mapping[int, Any]
     sizes: Mapping[sympy.Symbol, sympy.Expr]
     rules: tuple[Any, ...]
-
-
-def flatten_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatInputs:
-    """Take the example inputs apart.
-
-    Raises:
-        TraceError: no tensor among them has a batch dim.
-    """
-    leaves, spec = tree_flatten(to_plain((args, dict(kwargs))))
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    first = next((tensor for tensor in tensors if tensor.dim() > 0), None)
-    if first is None or first.shape[0] == 0:
-        raise TraceError(
-            f"tracing {type(model).__name__} needs at least one example tensor with a batch dim and one "
-            f"sample, not {[tuple(tensor.shape) for tensor in tensors]}"
-        )
-    constants = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
-    return FlatInputs(tensors, constants, spec, int(first.shape[0]))
+    has_leaves: bool
 
 
 def export_mode(model: nn.Module, inputs: FlatInputs, leaves: Mapping[str, nn.Module]) -> Exported:
@@ -144,7 +106,7 @@ def _export(
     # The first try also watches for code that treats a batch of one as special; not every operator can.
     for is_oblivious in (True, False):
         executing.clear()
-        result = _FlatForward(model, inputs)
+        result = FlatForward(model, inputs)
         opaque = LeafTracer(leaves)
         try:
             with (
@@ -152,9 +114,7 @@ def _export(
                 opaque.installed(),
                 result.installed(),
                 DecideCertainBranches(),
-                _unvalidated_distributions(),
-                _idle_conversions(model),
-                _explicit_masks(),
+                traceable(model),
                 warnings.catch_warnings(),
                 shape_config.patch(backed_size_oblivious=is_oblivious),
             ):
@@ -172,49 +132,8 @@ def _export(
         sizes, rules = _batch_rules(program, hint, is_oblivious)
         opaque.resolve(program)
         assert result.out_spec is not None
-        return Exported(program, result.out_spec, result.out_constants, sizes, rules)
+        return Exported(program, result.out_spec, result.out_constants, sizes, rules, bool(opaque.calls))
     raise TraceError(_explain(model, executing, errors[-1])) from errors[-1]
-
-
-class _FlatForward:
-    """A forward from flat tensors to flat tensors, which remembers the trees."""
-
-    def __init__(self, model: nn.Module, inputs: FlatInputs) -> None:
-        self._model = model
-        self._inputs = inputs
-        self._forward: Callable[..., Any] = model.forward
-        self.out_spec: TreeSpec | None = None
-        self.out_constants: dict[int, Any] = {}
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Use it in place of the model's own forward."""
-        own = self._model.__dict__.get("forward")
-
-        def forward(*tensors: Any) -> Any:
-            return self(*tensors)
-
-        self._model.forward = forward
-        try:
-            yield
-        finally:
-            del self._model.forward
-            if own is not None:
-                self._model.forward = own
-
-    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
-        args, kwargs = self._inputs.rebuild(tensors)
-        leaves, self.out_spec = tree_flatten(to_plain(self._forward(*args, **kwargs)))
-        moving = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-        self.out_constants = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, moving)}
-        return tuple(leaf for leaf in leaves if isinstance(leaf, moving))
-
-
-def _fill(spec: TreeSpec, constants: Mapping[int, Any], tensors: Sequence[Any]) -> Any:
-    rest = iter(tensors)
-    return tree_unflatten(
-        [constants[index] if index in constants else next(rest) for index in range(spec.num_leaves)], spec
-    )
 
 
 def _example(tensor: torch.Tensor, batch_size: int, device: torch.device | None) -> torch.Tensor:
@@ -258,57 +177,6 @@ def _is_operators_own(guard: Any) -> bool:
     """Whether a guard comes from inside an operator rather than from Python code that branches on a size."""
     place = getattr(guard.sloc, "framework_loc", None)
     return "/torch/_" in getattr(place, "filename", str(place))
-
-
-@contextlib.contextmanager
-def _unvalidated_distributions() -> Iterator[None]:
-    """Checks of a distribution's parameters branch on tensor values."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
-
-
-@contextlib.contextmanager
-def _explicit_masks() -> Iterator[None]:
-    """`nn.Transformer` looks into a mask's values to see whether it is causal, to choose a faster kernel."""
-    before = transformer._detect_is_causal_mask
-
-    def detect(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
-        return is_causal is True
-
-    transformer._detect_is_causal_mask = detect
-    try:
-        yield
-    finally:
-        transformer._detect_is_causal_mask = before
-
-
-@contextlib.contextmanager
-def _idle_conversions(model: nn.Module) -> Iterator[None]:
-    """Let `module.to(dtype)` inside a forward pass when it changes nothing; torch refuses fake weights."""
-
-    def guarded(module: nn.Module) -> Any:
-        convert = type(module)._apply
-
-        def apply(fn: Any, recurse: bool = True) -> nn.Module:
-            tensors = [*module.parameters(recurse), *module.buffers(recurse)]
-            if all(fn(tensor) is tensor for tensor in tensors):
-                return module
-            return convert(module, fn, recurse)
-
-        return apply
-
-    modules = list(model.modules())
-    for module in modules:
-        module.__dict__["_apply"] = guarded(module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.__dict__["_apply"]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """From an `nn.Module` and example inputs to a `LayerGraph`.
 
 The model is exported twice with `torch.export`, once in train and once in eval mode, because dropout,
-batch norm and Python branches on `self.training` make two programs of one model. Nothing is computed:
+batch norm and Python branches on `self.training` make two programs of one model (once if they make no
+difference). Nothing is computed:
 tracing works on shapes alone, so a model on the meta device is traced like any other.
 """
 
@@ -17,11 +18,13 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from fedmp.errors import TraceError
-from fedmp.graph.export import Exported, FlatInputs, export_mode, flatten_inputs
+from fedmp.graph.export import Exported, export_mode
+from fedmp.graph.flat import FlatInputs, flatten_inputs
 from fedmp.graph.functionalize import functionalize
 from fedmp.graph.layer_graph import LayerGraph, ModeGraph, StateSpec
 from fedmp.graph.layers import Span, find_layers
 from fedmp.graph.leaf import Chain, find_leaves
+from fedmp.graph.modes import is_same_in_both_modes
 
 __all__ = ["trace"]
 
@@ -61,16 +64,17 @@ def trace(
     opaque = find_leaves(model, [*leaves, "*"] if isinstance(model, Chain) else leaves)
     was_training = {name: module.training for name, module in model.named_modules()}
     try:
-        programs = {}
-        for training in (True, False):
-            model.train(training)
-            programs[training] = export_mode(model, inputs, opaque)
+        model.train()
+        programs = [export_mode(model, inputs, opaque)]
+        if programs[0].has_leaves or not is_same_in_both_modes(model, inputs):
+            model.eval()
+            programs.append(export_mode(model, inputs, opaque))
     finally:
         for name, module in model.named_modules():
             module.training = was_training[name]
     constants: dict[str, torch.Tensor] = {}
-    train, train_spans = _mode_graph(programs[True], inputs, state, constants)
-    evaluation, eval_spans = _mode_graph(programs[False], inputs, state, constants)
+    modes = [_mode_graph(program, inputs, state, constants) for program in programs]
+    (train, train_spans), (evaluation, eval_spans) = modes[0], modes[-1]
     layout = find_layers(train, train_spans, evaluation, eval_spans)
     return LayerGraph(
         model_name=type(model).__name__,

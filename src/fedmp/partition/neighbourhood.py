@@ -13,11 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedmp.partition.lattice import (
-    any_order,
-    count_any_order,
-    fixed_order,
-)
+from fedmp.partition.lattice import any_order, count_any_order, fixed_order
 from fedmp.partition.problem import Problem
 from fedmp.partition.search import search
 from fedmp.partition.space import Found, Space, told_apart
@@ -40,10 +36,9 @@ def search_few_orders(problem: Problem, schedule: str) -> Found:
         schedule: "gpipe", "1f1b" or "1f1b-short".
     """
     best = Found(None, schedule, np.inf, 0.0)
+    apart = told_apart(schedule, problem.costs.num_microbatches)
     for order in _orders(problem):
-        space = Space(
-            problem, fixed_order(order, told_apart(schedule, problem.costs.num_microbatches)), schedule
-        )
+        space = Space(problem, fixed_order(order, apart), schedule)
         found = search(space, max_expansions=_START_EXPANSIONS, limit_s=best.step_s)
         best = found if found.choice else best
     return replace(best, bound_s=0.0)

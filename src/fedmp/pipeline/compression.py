@@ -82,7 +82,9 @@ class Int8PerChannel:
         others = [d for d in range(tensor.dim()) if d != dim]
         largest = tensor.abs().amax(others) if others else tensor.abs()
         scales = views[1].copy_(largest.div_(127.0)).clamp_(min=torch.finfo(torch.float32).tiny)
-        views[0].copy_(tensor.div(_along(scales, tensor.dim(), dim).to(tensor.dtype)).round_().clamp_(-127, 127))
+        views[0].copy_(
+            tensor.div(_along(scales, tensor.dim(), dim).to(tensor.dtype)).round_().clamp_(-127, 127)
+        )
 
     def decode(self, views: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Steps times scale."""

@@ -51,7 +51,7 @@ class DeferredLinear(nn.Module):
         self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`inputs @ weight.T + bias`."""
-        return _Linear.apply(inputs, weight, bias, self._store)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(_Linear, inputs, weight, bias, self._store)
 
 
 class DeferredConvolution(nn.Module):
@@ -75,7 +75,7 @@ class DeferredConvolution(nn.Module):
         """The convolution."""
         expand = lambda sizes: list(sizes) * (self._num_dims // len(sizes))  # noqa: E731
         settings = (expand(stride), expand(padding), expand(dilation), groups)
-        return _Convolution.apply(inputs, weight, bias, settings, self._store)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(_Convolution, inputs, weight, bias, settings, self._store)
 
 
 class _Linear(torch.autograd.Function):
@@ -123,9 +123,10 @@ class _Convolution(torch.autograd.Function):
         ctx.weight, ctx.bias, ctx.settings, ctx.store = weight, bias, settings, store
         stride, padding, dilation, groups = settings
         zeros = [0] * len(stride)
-        return torch.ops.aten.convolution.default(
+        result: torch.Tensor = torch.ops.aten.convolution.default(
             inputs, weight, bias, stride, padding, dilation, False, zeros, groups
         )
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -160,6 +161,11 @@ class _Convolution(torch.autograd.Function):
         ctx.store.current.append(later)
         wanted = part([True, False, False])[0] if ctx.needs_input_grad[0] else None
         return wanted, None, None, None, None
+
+
+def _apply(function: Any, *args: Any) -> torch.Tensor:
+    result: torch.Tensor = function.apply(*args)
+    return result
 
 
 def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -100,12 +100,13 @@ class Frame:
     def __init__(self, layout: FrameLayout, device: torch.device) -> None:
         self.layout = layout
         self.buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
-        self._header = memoryview(self.buffer.numpy()).cast("B") if device.type == "cpu" else None
+        bytes_of: Any = self.buffer.numpy() if device.type == "cpu" else None
+        self._header = None if bytes_of is None else memoryview(bytes_of).cast("B")
         storage = self.buffer.untyped_storage()
         # not views of the buffer: each must be an autograd leaf with a version counter of its own
         self._views = [
             torch.empty(0, dtype=dtype, device=device).set_(
-                storage, start // dtype.itemsize, torch.Size(shape)
+                storage, start // dtype.itemsize, torch.Size(shape), _strides(shape)
             )
             for start, dtype, shape in layout.entries
         ]
@@ -186,6 +187,16 @@ def message_tag(kind: FrameKind, stage: int, number: int, num_bytes: int) -> int
     """
     digest = (num_bytes // _ALIGNMENT * 0x9E37_79B1 >> 8) & 0x3FF
     return ((int(kind) & 7) << 28) | ((stage & 0xFF) << 20) | ((number & 0x3FF) << 10) | digest
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def _unexpected(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,9 +26,7 @@ class Exchange:
         placement: the stages of each device.
     """
 
-    def __init__(
-        self, transport: Transport | None, device: int, placement: Sequence[Sequence[int]]
-    ) -> None:
+    def __init__(self, transport: Transport | None, device: int, placement: Sequence[Sequence[int]]) -> None:
         self._transport = transport
         self._device = device
         self.placement = placement
@@ -133,7 +132,7 @@ def clip_gradients(stages: Sequence[Stage], exchange: Exchange, max_norm: float)
     own = {stage.blueprint.index: _square_sum(stage) for stage in stages}
     wanted = sorted(stage for group in exchange.placement for stage in group)
     squares = exchange.swap(FrameKind.NORM, 0, own, wanted)
-    norm = float(sum(float(squares[stage]) for stage in wanted)) ** 0.5
+    norm = math.sqrt(sum(float(squares[stage]) for stage in wanted))
     scale = max_norm / (norm + _EPSILON)
     if scale < 1:
         clipped: set[int] = set()

@@ -24,11 +24,13 @@ class RandomKey:
     """Where the random numbers of a micro-batch come from.
 
     Attributes:
-        parts: seed, round, step, micro-batch.
+        seed: None leaves them to torch's global generator.
+        round, step, microbatch: that run now.
     """
 
-    def __init__(self) -> None:
-        self.parts: tuple[int, int, int, int] = (0, 0, 0, 0)
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+        self.round = self.step = self.microbatch = 0
 
     def seed_of(self, name: str) -> int:
         """The seed of one random call in this micro-batch.
@@ -36,8 +38,7 @@ class RandomKey:
         Args:
             name: of the call in the whole model's graph, the same however it is cut.
         """
-        seed, *rest = self.parts
-        return derive_seed(seed, "random", *rest, name)
+        return derive_seed(self.seed or 0, "random", self.round, self.step, self.microbatch, name)
 
 
 class _SeededDropout(nn.Module):
@@ -110,9 +111,7 @@ def defer_weight_gradients(program: Program, store: WeightGradients, parameters:
         A program whose backward computes gradients of inputs, and of the weights of all other layers.
     """
     placeholders = [node for node in program.module.graph.nodes if node.op == "placeholder"]
-    weights = {
-        node for node, name in zip(placeholders, program.state, strict=False) if name in parameters
-    }
+    weights = {node for node, name in zip(placeholders, program.state, strict=False) if name in parameters}
 
     def module_for(node: fx.Node) -> nn.Module | None:
         if len(node.args) < 2 or node.args[1] not in weights:
@@ -150,11 +149,13 @@ def mutated_inputs(program: Program) -> tuple[int, ...]:
 
 
 def _is_random(node: fx.Node) -> bool:
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(
+        node.target, "tags", ()
+    ):
         return False
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return probability != 0.0
+        return bool(probability != 0.0)
     return True
 
 
@@ -173,7 +174,7 @@ def _with_modules(
     copies: dict[fx.Node, fx.Node] = {}
     for node in program.module.graph.nodes:
         if node.name in wanted:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)  # type: ignore[misc]
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
             copies[node] = graph.create_node("call_module", f"{prefix}_{node.name}", args, kwargs, node.name)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)

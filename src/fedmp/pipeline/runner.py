@@ -8,7 +8,7 @@ that of the whole batch for every batch size and every number of micro-batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ class DeviceRunner:
 
     Attributes:
         bytes_sent: to other devices, so far.
-        observe, seed: may be changed between steps; a runner made without a seed stays without.
+        observe, seed: may be changed between steps.
     """
 
     def __init__(
@@ -86,7 +86,6 @@ class DeviceRunner:
         if transport is None and len(placement) > 1:
             raise ValueError(f"{len(placement)} devices need a transport between them")
         self.stages = list(stages)
-        self.seed = seed
         self.observe = observe
         self._task = task
         self._transport = transport
@@ -95,14 +94,23 @@ class DeviceRunner:
         self._device_of = {stage: rank for rank, own in enumerate(placement) for stage in own}
         self._options = options
         self._device_name = device_name
-        self._key = RandomKey()
-        works = [StageWork(stage, task, options, None if seed is None else self._key) for stage in stages]
+        self._key = RandomKey(seed)
+        works = [StageWork(stage, task, options, self._key) for stage in stages]
         self._parts = {work.index: _Part(work) for work in works}
         self._num_stages = stages[0].blueprint.num_stages
         self._orders: dict[tuple[object, int], tuple[list[list[PlacedAction]], dict[int, int]]] = {}
         self._is_broken = False
         self._bytes_before = 0
         self._link()
+
+    @property
+    def seed(self) -> int | None:
+        """Of dropout and other random calls; None leaves them to torch's global generator."""
+        return self._key.seed
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        self._key.seed = seed
 
     @property
     def bytes_sent(self) -> int:
@@ -205,8 +213,9 @@ class DeviceRunner:
         with self._working():
             self._exchange.begin(StepId(self._generation, round, step))
             sum_tied_gradients(self.stages, self._exchange)
-            norm = clip_gradients(self.stages, self._exchange, max_norm) if max_norm is not None else None
-        return norm
+            if max_norm is not None:
+                return clip_gradients(self.stages, self._exchange, max_norm)
+        return None
 
     def reconnect(self, transport: Transport | None) -> None:
         """Go on over a new transport, after an error or in a new generation.
@@ -259,7 +268,7 @@ class DeviceRunner:
     def _backward_weight(self, part: _Part, microbatch: int, batch: MicroBatches) -> None:
         start_s = time.perf_counter()
         part.work.backward_weight(microbatch)
-        self._timed("backward weight", part, microbatch, start_s)
+        self._timed("backward", part, microbatch, start_s)
         self._release(part, microbatch)
 
     def _release(self, part: _Part, microbatch: int) -> None:
@@ -318,7 +327,7 @@ class DeviceRunner:
         total_weight: float | None,
     ) -> None:
         id, sizes = StepId(self._generation, round, step), batch.sizes
-        self._key.parts = (self.seed or 0, round, step, 0)
+        self._key.round, self._key.step = round, step
         for stage, part in self._parts.items():
             if not part.work.is_first:
                 order = [a.microbatch for a in mine if a.stage == stage and a.kind is ActionKind.FORWARD]
@@ -357,7 +366,7 @@ class DeviceRunner:
             receiver.finish()
 
     @contextmanager
-    def _working(self) -> Any:
+    def _working(self) -> Iterator[None]:
         """Refuse to go on after an error: messages of the step that failed may still arrive."""
         if self._is_broken:
             raise PipelineError("a step of this pipeline failed; reconnect it over a new transport first")
@@ -374,7 +383,9 @@ class DeviceRunner:
             if isinstance(schedule, PlacedSchedule):
                 wanted = schedule.placement(len(self._placement))
                 if wanted != self._placement:
-                    raise ValueError(f"schedule {schedule.name} places stages {wanted}, not {self._placement}")
+                    raise ValueError(
+                        f"schedule {schedule.name} places stages {wanted}, not {self._placement}"
+                    )
                 lists = schedule.placed_actions(len(self._placement), num_microbatches)
             else:
                 lists = _place(schedule.actions(self._num_stages, num_microbatches), self._placement)
@@ -466,9 +477,7 @@ class DeviceRunner:
     def _timed(self, kind: str, part: _Part, microbatch: int, start_s: float) -> None:
         if self.observe is not None:
             stop_s = time.perf_counter()
-            self.observe(
-                TimedAction(self._device_name, part.work.index, kind, microbatch, start_s, stop_s)
-            )
+            self.observe(TimedAction(self._device_name, part.work.index, kind, microbatch, start_s, stop_s))
 
 
 class StageRunner(DeviceRunner):

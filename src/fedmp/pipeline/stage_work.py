@@ -31,10 +31,10 @@ class StageWork:
         stage: with weights.
         task: the loss, used on the last stage.
         options: how to compute.
-        key: where random numbers come from; None leaves them to torch's global generator.
+        key: where random numbers come from.
     """
 
-    def __init__(self, stage: Stage, task: Task, options: RunnerOptions, key: RandomKey | None) -> None:
+    def __init__(self, stage: Stage, task: Task, options: RunnerOptions, key: RandomKey) -> None:
         self.stage = stage
         self.index = stage.blueprint.index
         self.is_first, self.is_last = stage.blueprint.is_first, stage.blueprint.is_last
@@ -44,7 +44,7 @@ class StageWork:
         self._options = options
         self._key = key
         self._store = WeightGradients()
-        self._programs: dict[tuple[bool, bool], Program] = {}
+        self._programs: dict[tuple[bool, bool, bool], Program] = {}
         self._mutated = mutated_inputs(stage.blueprint.train)
         self._spec = stage.blueprint.out_spec
         self._buffers = {name for name, spec in stage.blueprint.state.items() if spec.kind == "buffer"}
@@ -90,7 +90,7 @@ class StageWork:
             inputs[index].requires_grad_()
         if self._options.checkpoint:
             return self._forward_without_graph(microbatch, inputs)
-        outputs = self._compute(microbatch, inputs, self._state)
+        outputs: Sequence[torch.Tensor] = self._compute(microbatch, inputs, self._state)
         if self.is_last:
             self._held[microbatch] = inputs, [self._loss(microbatch, outputs, scored=True)], None
             return ()
@@ -160,8 +160,7 @@ class StageWork:
         self._store.clear()
 
     def _compute(self, microbatch: int, inputs: Sequence[torch.Tensor], state: list[torch.Tensor]) -> Any:
-        if self._key is not None:
-            self._key.parts = (*self._key.parts[:3], microbatch)
+        self._key.microbatch = microbatch
         if self._mutated and not self.is_first:
             inputs = [t.clone() if index in self._mutated else t for index, t in enumerate(inputs)]
         if self._options.autocast is None:
@@ -214,7 +213,11 @@ class StageWork:
     def _count_correct(self, result: Any, microbatch: int) -> None:
         """Count at the end of the step, when this stage waits for others, unless that takes much memory."""
         targets = self._targets[microbatch]
-        if isinstance(result, torch.Tensor) and result.dim() > 1 and result.numel() * len(self._targets) < _SCORED_AT_ONCE:
+        if (
+            isinstance(result, torch.Tensor)
+            and result.dim() > 1
+            and result.numel() * len(self._targets) < _SCORED_AT_ONCE
+        ):
             self._unscored.append((result.detach(), targets))
             return
         with torch.no_grad():
@@ -238,12 +241,13 @@ class StageWork:
         return torch.autocast(device, self._options.autocast)
 
     def _program_for(self, training: bool, splits: bool) -> Program:
-        if (training, splits) not in self._programs:
+        key = training, splits, self._key.seed is not None
+        if key not in self._programs:
             program = self.stage.blueprint.program(training=training)
-            if self._key is not None:
+            if self._key.seed is not None:
                 program = seed_randomness(program, self._key)
             if splits:
                 trained = {n for n, s in self.stage.blueprint.state.items() if s.kind == "parameter"}
                 program = defer_weight_gradients(program, self._store, trained)
-            self._programs[training, splits] = program
-        return self._programs[training, splits]
+            self._programs[key] = program
+        return self._programs[key]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ class Rendezvous:
         port: on which the host listens.
     """
 
-    def __init__(self, store: dist.TCPStore, port: int) -> None:
+    def __init__(self, store: dist.Store, port: int) -> None:
         self.store = store
         self.port = port
 
@@ -78,7 +79,7 @@ def host_rendezvous(host: str, port: int = 0, *, timeout_s: float = 60.0) -> Ren
         PipelineError: the address cannot be used.
     """
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
     except RuntimeError as error:
@@ -93,7 +94,9 @@ def join_rendezvous(host: str, port: int, *, timeout_s: float = 60.0) -> Rendezv
         PipelineError: it does not answer.
     """
     try:
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=False, timeout=timedelta(seconds=timeout_s)
+        )
     except RuntimeError as error:
         raise PipelineError(f"the client's first device does not answer on {host}:{port}: {error}") from error
     return Rendezvous(store, port)
@@ -128,45 +131,75 @@ class DistributedTransport:
         self.generation = generation
         self.device = torch.device(device)
         self._timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"{prefix}/{generation}", rendezvous.store),
-            rank=rank,
-            world_size=world_size,
-            timeout=self._timeout,
-        )
+        self._under_way: WeakSet[_Transfer] = WeakSet()
+        try:
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(  # type: ignore[attr-defined]
+                    f"{prefix}/{generation}", rendezvous.store
+                ),
+                rank=rank,
+                world_size=world_size,
+                timeout=self._timeout,
+            )
+        except dist.DistStoreError as error:
+            raise DeadlineError(
+                f"generation {generation} of the pipeline did not come together within {timeout_s:g} s: "
+                f"{_first_line(error)}"
+            ) from error
+        group = dist.group.WORLD
+        assert group is not None
+        self._group: dist.ProcessGroup | None = group
 
     def send(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
         """Start to send a buffer to a stage."""
-        return self._started(dist.isend, buffer, peer, tag, "send to")
+        # the group's own method: `dist.isend` only adds checks, which cost as much as a small message
+        try:
+            return self._started(self._open_group.send([buffer], peer, tag), peer, "send to")
+        except RuntimeError as error:
+            raise PipelineError(f"cannot send to stage {peer}: {_first_line(error)}") from error
 
     def receive(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
         """Start to receive a buffer from a stage."""
-        return self._started(dist.irecv, buffer, peer, tag, "receive from")
+        try:
+            return self._started(self._open_group.recv([buffer], peer, tag), peer, "receive from")
+        except RuntimeError as error:
+            raise PipelineError(f"cannot receive from stage {peer}: {_first_line(error)}") from error
 
     def close(self) -> None:
-        """Leave the group. The devices that remain notice at their next transfer."""
-        if dist.is_initialized():
+        """Leave the group, whatever is under way. The devices that remain notice at their next wait."""
+        # a transfer that is still held would keep its connection open, and the peer waiting
+        for transfer in list(self._under_way):
+            transfer.abandon()
+        self._under_way.clear()
+        if self._group is not None:
+            self._group = None
             dist.destroy_process_group()
 
-    def _started(self, start: object, buffer: torch.Tensor, peer: int, tag: int, verb: str) -> Pending:
-        try:
-            work = start(buffer, peer, tag=tag)  # type: ignore[operator]
-        except RuntimeError as error:
-            raise PipelineError(f"cannot {verb} stage {peer}: {_first_line(error)}") from error
-        return _Transfer(work, peer, verb, self._timeout)
+    @property
+    def _open_group(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise PipelineError("this transport is closed")
+        return self._group
+
+    def _started(self, work: dist.Work, peer: int, verb: str) -> Pending:
+        transfer = _Transfer(work, peer, verb, self._timeout)
+        self._under_way.add(transfer)
+        return transfer
 
 
 class _Transfer:
-    __slots__ = ("_peer", "_timeout", "_verb", "_work")
+    __slots__ = ("__weakref__", "_peer", "_timeout", "_verb", "_work")
 
     def __init__(self, work: dist.Work, peer: int, verb: str, timeout: timedelta) -> None:
-        self._work = work
+        self._work: dist.Work | None = work
         self._peer = peer
         self._verb = verb
         self._timeout = timeout
 
     def wait(self) -> None:
+        if self._work is None:
+            raise PipelineError("this transport is closed")
         try:
             self._work.wait(self._timeout)
         except RuntimeError as error:
@@ -177,6 +210,10 @@ class _Transfer:
                     f"({self._verb} it did not finish)"
                 ) from error
             raise PipelineError(f"lost stage {self._peer}: {reason}") from error
+
+    def abandon(self) -> None:
+        """Let go of the connection."""
+        self._work = None
 
 
 def _first_line(error: BaseException) -> str:
