@@ -28,13 +28,17 @@ _TOLERANCE = 1e-6
 def main(names: list[str]) -> None:
     """Try each family, and print the table as it grows."""
     warnings.simplefilter("ignore")
-    print(f"{'family':22} {'kind':16} {'nodes':>6} {'layers':>6} {'stages':>8} {'outputs':>9} {'gradients':>9} {'s':>6}")
+    print(
+        f"{'family':22} {'kind':16} {'nodes':>6} {'layers':>6} {'stages':>8} {'outputs':>9} {'gradients':>9} {'s':>6}"
+    )
     rows = []
     for name in names or list(FAMILIES):
         rows.append(_try(name))
         print(_line(rows[-1]), flush=True)
     num_equal = sum(not row["error"] for row in rows)
-    print(f"{num_equal} of {len(rows)} families equal (outputs and all gradients within {_TOLERANCE:g} in float64)")
+    print(
+        f"{num_equal} of {len(rows)} families equal (outputs and all gradients within {_TOLERANCE:g} in float64)"
+    )
     results = _ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     (results / "transformers_families.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -61,7 +61,7 @@ def test_an_optimizer_is_made_of_whatever_parameters_come() -> None:
 
 
 def test_a_server_optimizer_is_any_of_torch_optim() -> None:
-    job = composed("server_optimizer={_target_: torch.optim.Adam, lr: 0.5}").job()
+    job = composed("server_optimizer=adam").job()
     assert job.server_optimizer is not None
     assert isinstance(job.server_optimizer([torch.nn.Parameter(torch.zeros(2))]), torch.optim.Adam)
 

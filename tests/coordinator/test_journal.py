@@ -152,15 +152,25 @@ def test_the_mean_does_not_depend_on_the_order_of_arrival(tmp_path: Path) -> Non
     clients = ("ann", "bob", "cid", "dan")
     generator = torch.Generator().manual_seed(0)
     updates = {
-        client: {"a.weight": torch.randn(3, 2, generator=generator) * 10.0**index, "a.mean": torch.ones(3) / 3}
+        client: {
+            "a.weight": torch.randn(3, 2, generator=generator) * 10.0**index,
+            "a.mean": torch.ones(3) / 3,
+        }
         for index, client in enumerate(clients)
     }
     means = []
     for number, order in enumerate(([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1])):
         journal = opened(tmp_path / str(number))
         for index in order:
-            put(journal, clients[index], 0, body(updates[clients[index]], DeviceReport(num_examples=index + 1)))
+            put(
+                journal,
+                clients[index],
+                0,
+                body(updates[clients[index]], DeviceReport(num_examples=index + 1)),
+            )
         journalled = [journal.update_of(client, 1) for client in clients]
-        means.append(WeightedMean().combine([update for update in journalled if update], [1.0, 2.0, 3.0, 4.0]))
+        means.append(
+            WeightedMean().combine([update for update in journalled if update], [1.0, 2.0, 3.0, 4.0])
+        )
     for mean in means[1:]:
         assert all(torch.equal(mean[name], means[0][name]) for name in means[0])

@@ -70,7 +70,9 @@ class UShaped(nn.Module):
         super().__init__()
         self.down = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)])
         self.bottom = nn.Conv2d(6, 6, 3, padding=1)
-        self.up = nn.ModuleList([nn.ConvTranspose2d(6, 6, 2, stride=2), nn.ConvTranspose2d(10, 4, 2, stride=2)])
+        self.up = nn.ModuleList(
+            [nn.ConvTranspose2d(6, 6, 2, stride=2), nn.ConvTranspose2d(10, 4, 2, stride=2)]
+        )
         self.norm = nn.BatchNorm2d(6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -269,7 +271,9 @@ class EncoderDecoder(nn.Module):
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.MultiheadAttention(WIDTH, 2, batch_first=True, dropout=0.1) for _ in range(4))
+        self.blocks = nn.ModuleList(
+            nn.MultiheadAttention(WIDTH, 2, batch_first=True, dropout=0.1) for _ in range(4)
+        )
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for block in self.blocks:
@@ -536,4 +540,8 @@ def construct(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """One of the models, always with the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return CONSTRUCTIONS[name][0]().to(dtype) if dtype != torch.float64 else CONSTRUCTIONS[name][0]().double()
+        return (
+            CONSTRUCTIONS[name][0]().to(dtype)
+            if dtype != torch.float64
+            else CONSTRUCTIONS[name][0]().double()
+        )

@@ -17,7 +17,9 @@ from torch import nn
 __all__ = ["FAMILIES", "FAST", "Family", "build_family"]
 
 _SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size"), 32),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size"), 32
+    ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
@@ -112,7 +114,7 @@ def _others() -> dict[str, Family]:
         "resnet": Family("ResNetModel", "vision", _PICTURE, {**_TINY_STAGES, "embedding_size": 8}),
         "convnext": Family("ConvNextModel", "vision", _PICTURE, {**_TINY_STAGES, "patch_size": 4}),
         "mobilenetv2": Family("MobileNetV2Model", "vision", _PICTURE),
-        "segformer": Family("SegformerModel", "vision", _PICTURE, {**_TINY_STAGES, "num_attention_heads": [1, 2, 2, 4]}),
+        "segformer": Family("SegformerModel", "vision", _PICTURE, {**_TINY_STAGES, "num_attention_heads": [1, 2, 2, 4]}),  # noqa: E501
         "swin": Family(
             "SwinModel", "vision", _PICTURE,
             {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 2, "patch_size": 4},

@@ -147,11 +147,15 @@ def observe_stages(
     for stage in stages:
         for name, parameter in stage.named_parameters(remove_duplicate=False):
             gradients.setdefault(name, parameter.grad)
-    return Observed(_detached(result), gradients, [leaf.grad for leaf in leaves], merge(s.state_dict() for s in stages))
+    return Observed(
+        _detached(result), gradients, [leaf.grad for leaf in leaves], merge(s.state_dict() for s in stages)
+    )
 
 
 def _run(stages: Sequence[Stage], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Any:
-    batch = next(leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim())
+    batch = next(
+        leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()
+    )
     tensors: Sequence[Any] = stages[0].flatten(args, kwargs)
     kept: list[tuple[Sequence[Any], Sequence[Any]]] = []
     for stage in stages:
@@ -213,7 +217,9 @@ def _roots(result: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def _detached(result: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, to_plain(result))
+    return tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, to_plain(result)
+    )
 
 
 def compare(first: Any, second: Any, tolerance: float, what: str) -> float:
@@ -242,7 +248,9 @@ def compare_gradients(
     some = first if first is not None else second
     assert some is not None
     zeros = torch.zeros_like(some)
-    return compare(first if first is not None else zeros, second if second is not None else zeros, tolerance, what)
+    return compare(
+        first if first is not None else zeros, second if second is not None else zeros, tolerance, what
+    )
 
 
 def _relative(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from tests.stages.constructions import CONSTRUCTIONS, Autocast, construct, features, single
+from tests.stages.constructions import CONSTRUCTIONS, construct
 from tests.stages.oracle import check_split
 from tests.support.models import CASES, build
 

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from fedmp.graph.cut_rules import CutRules, apply_cut_rules
 from fedmp.graph.layer_graph import Layer, LayerGraph, StateSpec
+from fedmp.graph.leaf import Chain
+from fedmp.graph.measure import measure_flops_per_s
 from fedmp.graph.profile import profile
 from fedmp.graph.trace import trace
 
-__all__ = ["Layer", "LayerGraph", "StateSpec", "profile", "trace"]
+__all__ = [
+    "Chain",
+    "CutRules",
+    "Layer",
+    "LayerGraph",
+    "StateSpec",
+    "apply_cut_rules",
+    "measure_flops_per_s",
+    "profile",
+    "trace",
+]

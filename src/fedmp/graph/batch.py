@@ -19,7 +19,9 @@ def in_batch(expression: Any, sizes: Mapping[sympy.Symbol, sympy.Expr]) -> Any:
         expression: of torch's shape symbols.
         sizes: what each symbol stands for; one that is missing is left alone.
     """
-    return expression.xreplace({symbol: sizes[symbol] for symbol in expression.free_symbols if symbol in sizes})
+    return expression.xreplace(
+        {symbol: sizes[symbol] for symbol in expression.free_symbols if symbol in sizes}
+    )
 
 
 def size_at(size: Any, batch_size: int) -> int:

@@ -77,7 +77,10 @@ def _dynamic_tensors(inputs: FlatInputs, *, multiples: bool) -> set[int]:
         index
         for index, tensor in enumerate(inputs.tensors)
         if tensor.dim() > 0
-        and (tensor.shape[0] == size or (multiples and 1 < size < tensor.shape[0] and tensor.shape[0] % size == 0))
+        and (
+            tensor.shape[0] == size
+            or (multiples and 1 < size < tensor.shape[0] and tensor.shape[0] % size == 0)
+        )
     }
 
 
@@ -110,19 +113,17 @@ def _export(
         opaque = LeafTracer(leaves)
         try:
             with (
+                opaque.installed(),  # first: it copies the leaves, which must not carry the hooks below
                 _watch_calls(model, executing),
-                opaque.installed(),
                 result.installed(),
                 DecideCertainBranches(),
                 traceable(model),
                 warnings.catch_warnings(),
-                shape_config.patch(backed_size_oblivious=is_oblivious),
+                shape_config.patch(backed_size_oblivious=is_oblivious),  # type: ignore[attr-defined]
             ):
                 # recurrent modules keep their weights in a list, too, which export restores
                 warnings.filterwarnings("ignore", message="The tensor attributes")
-                program = torch.export.export(
-                    model, examples, dynamic_shapes={"tensors": dims}, strict=False
-                )
+                program = torch.export.export(model, examples, dynamic_shapes={"tensors": dims}, strict=False)
         except TraceError:
             raise
         except Exception as error:  # torch.export raises its own, the model's, and its dependencies' errors

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fedmp.graph.layer_graph import node_value
-from fedmp.graph.leaf import LeafCall
+from fedmp.graph.leaf_call import LeafCall
 
 __all__ = ["functionalize", "mutated_arguments"]
 
@@ -68,8 +68,9 @@ def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return
     for index in _STATISTICS.get(node.target, ()):
-        if isinstance(node.args[index], fx.Node):
-            yield node.args[index]
+        statistics = node.args[index]
+        if isinstance(statistics, fx.Node):
+            yield statistics
     for index, argument in enumerate(node.target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
@@ -204,7 +205,11 @@ def _use_functional_twin(node: fx.Node, target: fx.Node, order: dict[fx.Node, in
 def _write_to_copy(node: fx.Node, target: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
     """Let a write go to a copy of its target, made just before, if the write returns what it wrote into."""
     overload = node.target
-    if node.op != "call_function" or not isinstance(overload, torch._ops.OpOverload) or node.args[:1] != (target,):
+    if (
+        node.op != "call_function"
+        or not isinstance(overload, torch._ops.OpOverload)
+        or node.args[:1] != (target,)
+    ):
         return None
     results = overload._schema.returns
     if len(results) != 1 or results[0].alias_info is None or not results[0].alias_info.is_write:

@@ -193,8 +193,10 @@ def _derive(
                     sizes[node] = (tensor, dim)
                     return True
     inputs = node.all_input_nodes
-    if node.op != "call_function" or not inputs or any(
-        isinstance(node_value(used), torch.Tensor) for used in inputs
+    if (
+        node.op != "call_function"
+        or not inputs
+        or any(isinstance(node_value(used), torch.Tensor) for used in inputs)
     ):
         return False
     if all(_derive(used, tensors, sizes, derived) for used in inputs):

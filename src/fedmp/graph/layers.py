@@ -2,8 +2,8 @@
 
 A layer starts where a module with state of its own starts running, and carries along what follows
 without state (activations, additions, reshapes). A place is no layer boundary if a cut there would not
-be exact: a write through a view spans it, a tuple or a tensor of unknown size is alive across it, or a buffer that is updated is
-used on both sides. The same boundaries are then found in the eval graph.
+be exact: a write through a view spans it, a tuple or a tensor of unknown size is alive across it, or a
+buffer that is updated is used on both sides. The same boundaries are then found in the eval graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import fx
 from fedmp.graph.functionalize import mutated_arguments
 from fedmp.graph.layer_graph import Layer, ModeGraph, node_value
 
-__all__ = ["Layout", "Span", "find_layers"]
+__all__ = ["Layout", "Span", "find_layers", "module_path"]
 
 Span = tuple[fx.Node, fx.Node]
 
@@ -45,12 +45,14 @@ def find_layers(
         train_spans, eval_spans: nodes (first, last) of each graph that no cut may separate.
     """
     owners = [_state_of(train, node) for node in train.nodes]
-    paths = [_module_path(node) for node in train.nodes]
+    paths = [module_path(node) for node in train.nodes]
     starts = _starts(paths, owners, train)
     to_eval = _align(train, evaluation)
     cuts = [(start, to_eval[start]) for start in starts]
     forbidden_train = _forbidden(train, [*train_spans, *_value_spans(train), *_update_spans(train)])
-    forbidden_eval = _forbidden(evaluation, [*eval_spans, *_value_spans(evaluation), *_update_spans(evaluation)])
+    forbidden_eval = _forbidden(
+        evaluation, [*eval_spans, *_value_spans(evaluation), *_update_spans(evaluation)]
+    )
     cuts = [
         cut
         for index, cut in enumerate(cuts)
@@ -66,7 +68,8 @@ def _state_of(mode: ModeGraph, node: fx.Node) -> tuple[str, ...]:
     return tuple(dict.fromkeys(mode.state[used] for used in node.all_input_nodes if used in mode.state))
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that a node comes from; empty for the model itself."""
     stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return stack[-1] if stack and not stack[-1].startswith("_empty_nn_module_stack") else ""
 
@@ -99,8 +102,8 @@ def _num_bytes(node: fx.Node) -> int:
 
 def _align(train: ModeGraph, evaluation: ModeGraph) -> list[int]:
     """For each position of the train graph, and its end, the matching one of the eval graph."""
-    first = [(_module_path(node), str(node.target)) for node in train.nodes]
-    second = [(_module_path(node), str(node.target)) for node in evaluation.nodes]
+    first = [(module_path(node), str(node.target)) for node in train.nodes]
+    second = [(module_path(node), str(node.target)) for node in evaluation.nodes]
     matched: list[int | None] = [None] * len(first)
     if first == second:
         matched = list(range(len(first)))
@@ -130,14 +133,18 @@ def _can_be_sent(value: Any, mode: ModeGraph) -> bool:
         return not isinstance(value, tuple | list)
     if value.layout is not torch.strided:
         return False
-    return all(isinstance(size, int) or size.node.expr.free_symbols <= set(mode.sizes) for size in value.shape)
+    return all(
+        isinstance(size, int) or size.node.expr.free_symbols <= set(mode.sizes) for size in value.shape
+    )
 
 
 def _update_spans(mode: ModeGraph) -> Iterable[Span]:
     """From the first to the last use of each buffer that is updated."""
     updated = {target for node in mode.nodes for target in mutated_arguments(node) if target in mode.state}
     for buffer in updated:
-        users = sorted((user for user in buffer.users if user in mode.position), key=mode.position.__getitem__)
+        users = sorted(
+            (user for user in buffer.users if user in mode.position), key=mode.position.__getitem__
+        )
         if len(users) > 1:
             yield users[0], users[-1]
 
@@ -190,5 +197,3 @@ def _name_layers(
         seen[name] = seen.get(name, 0) + 1
         layers.append(Layer(name if seen[name] == 1 else f"{name}#{seen[name]}", state))
     return tuple(layers)
-
-

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from fedmp.graph.flat import FlatInputs
 from fedmp.graph.portable import to_plain
+from fedmp.graph.swap import swapped
 
 __all__ = ["is_same_in_both_modes"]
 
@@ -38,7 +39,7 @@ def is_same_in_both_modes(model: nn.Module, inputs: FlatInputs) -> bool:
         model.train()
         first = _calls(model, inputs)
         model.eval()
-        return first == _calls(model, inputs)
+        return bool(first == _calls(model, inputs))
     except Exception:  # whatever stops a run on fake tensors, the export will explain
         return False
 
@@ -47,7 +48,7 @@ class _Recorder(TorchDispatchMode):
     """Notes down every call; a tensor is named by the call that made it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Any] = []
         self._names: dict[int, tuple[int, int]] = {}
         self._alive: list[Any] = []
@@ -84,7 +85,7 @@ def _calls(model: nn.Module, inputs: FlatInputs) -> Any:
         args, kwargs = inputs.rebuild(tensors)
         for tensor in (*state.values(), *tensors):
             recorder.name(tensor)
-        with recorder:
-            result = torch.func.functional_call(model, state, args, kwargs)
+        with recorder, swapped(model, state):
+            result = model(*args, **kwargs)
         leaves, spec = tree_flatten(to_plain(result))
     return recorder.calls, [recorder.name(leaf) for leaf in leaves], spec, tree_map(type, leaves)

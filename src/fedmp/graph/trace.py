@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from fedmp.errors import TraceError
+from fedmp.graph.cut_rules import CutRules, apply_cut_rules
 from fedmp.graph.export import Exported, export_mode
 from fedmp.graph.flat import FlatInputs, flatten_inputs
 from fedmp.graph.functionalize import functionalize
@@ -35,6 +36,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     leaves: Sequence[str] = (),
+    cut_rules: CutRules | None = None,
 ) -> LayerGraph:
     """Trace a model's forward.
 
@@ -46,6 +48,7 @@ def trace(
         kwargs: example keyword inputs.
         leaves: path patterns (as in `fnmatch`) of modules that are not traced into. Each is one opaque
             node, which runs the original module in its stage. The modules of a `Chain` are leaves.
+        cut_rules: where plans may cut; None anywhere.
 
     Returns:
         The graph with its layers and possible cuts.
@@ -53,6 +56,7 @@ def trace(
     Raises:
         TraceError: the forward cannot be traced; the message names the module, the reason and ways out.
         ValueError: a leaf pattern matches no module.
+        PlanError: the cut rules cannot be kept.
 
     Example:
         >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.zeros(3, 4),))
@@ -71,12 +75,12 @@ def trace(
             programs.append(export_mode(model, inputs, opaque))
     finally:
         for name, module in model.named_modules():
-            module.training = was_training[name]
+            module.training = was_training.get(name, was_training[""])  # a forward may add modules
     constants: dict[str, torch.Tensor] = {}
     modes = [_mode_graph(program, inputs, state, constants) for program in programs]
     (train, train_spans), (evaluation, eval_spans) = modes[0], modes[-1]
     layout = find_layers(train, train_spans, evaluation, eval_spans)
-    return LayerGraph(
+    graph = LayerGraph(
         model_name=type(model).__name__,
         state=state,
         constants=constants,
@@ -88,6 +92,7 @@ def trace(
         batch_size=inputs.batch_size,
         fingerprint=_fingerprint(state, train),
     )
+    return graph if cut_rules is None else apply_cut_rules(graph, cut_rules)
 
 
 def _state_specs(model: nn.Module) -> dict[str, StateSpec]:

@@ -51,13 +51,14 @@ def _idle_conversions(model: nn.Module) -> Iterator[None]:
     """Let `module.to(dtype)` inside a forward pass when it changes nothing; torch refuses fake weights."""
 
     def guarded(module: nn.Module) -> Any:
-        convert = type(module)._apply
+        convert: Any = type(module)._apply
 
         def apply(fn: Any, recurse: bool = True) -> nn.Module:
             tensors = [*module.parameters(recurse), *module.buffers(recurse)]
             if all(fn(tensor) is tensor for tensor in tensors):
                 return module
-            return convert(module, fn, recurse)
+            converted: nn.Module = convert(module, fn, recurse)
+            return converted
 
         return apply
 

@@ -97,7 +97,11 @@ def plan_graph(
         if partitioner not in _BY_NAME:
             raise ConfigError(f"no partitioner is called {partitioner!r}; there are {', '.join(_BY_NAME)}")
         partitioner = _BY_NAME[partitioner]()
-    if schedule is not None and isinstance(partitioner, BaseModel) and "schedule" in type(partitioner).model_fields:
+    if (
+        schedule is not None
+        and isinstance(partitioner, BaseModel)
+        and "schedule" in type(partitioner).model_fields
+    ):
         partitioner = partitioner.model_copy(update={"schedule": schedule})
     costs = profile(graph, batch_size=batch_size, optimizer_copies=optimizer_copies)
     if links is None or isinstance(links, Link):

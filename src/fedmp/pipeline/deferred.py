@@ -74,7 +74,7 @@ class DeferredConvolution(nn.Module):
     ) -> torch.Tensor:
         """The convolution."""
         expand = lambda sizes: list(sizes) * (self._num_dims // len(sizes))  # noqa: E731
-        settings = (expand(stride), expand(padding), expand(dilation), groups)
+        settings = (expand(stride), expand(padding), expand(dilation), groups)  # type: ignore[no-untyped-call]
         return _apply(_Convolution, inputs, weight, bias, settings, self._store)
 
 

@@ -6,6 +6,7 @@ added; the program that the stage came with is left as it is.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -181,5 +182,5 @@ def _with_modules(
     root: dict[str, Any] = {f"{prefix}_{name}": module for name, module in wanted.items()}
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module") and node.target not in root:
-            root[str(node.target)] = program.module.get_submodule(str(node.target))
+            root[str(node.target)] = operator.attrgetter(str(node.target))(program.module)
     return replace(program, module=fx.GraphModule(root, graph))

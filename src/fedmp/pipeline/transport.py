@@ -8,7 +8,7 @@ has a deadline, because a peer that hangs would otherwise block for ever.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -62,7 +62,7 @@ class Rendezvous:
         port: on which the host listens.
     """
 
-    def __init__(self, store: dist.Store, port: int) -> None:
+    def __init__(self, store: Any, port: int) -> None:
         self.store = store
         self.port = port
 

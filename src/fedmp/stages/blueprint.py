@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import TreeSpec, tree_map
+from torch.utils._pytree import TreeSpec
 
 from fedmp.graph.batch import in_batch, size_at
+from fedmp.graph.devices import copy_node, module_on
 from fedmp.graph.layer_graph import LayerGraph, LiveSet, ModeGraph, StateSpec, node_value
 
 __all__ = ["Program", "StageBlueprint", "ValueSpec", "draw_blueprints"]
@@ -193,11 +194,11 @@ def _program(
     def lookup(node: fx.Node) -> fx.Node:
         if node not in built:
             assert node.op == "get_attr"
-            built[node] = new.get_attr(node.target)
+            built[node] = new.get_attr(str(node.target))
         return built[node]
 
     for node in (*before.derived, *nodes):
-        built[node] = _copy(new, node, lookup, device)
+        built[node] = copy_node(new, node, lookup, device)
     if is_last:
         results = tuple(lookup(value) if isinstance(value, fx.Node) else value for value in mode.results)
     else:
@@ -207,7 +208,7 @@ def _program(
     called = {str(node.target) for node in new.nodes if node.op in ("get_attr", "call_module")}
     gradients = _with_gradient(mode, graph)
     return Program(
-        module=_compiled({name: _on_device(mode.submodules[name], device) for name in called}, new),
+        module=_compiled({name: module_on(mode.submodules[name], device) for name in called}, new),
         state=tuple(mode.state[node] for node in state),
         inputs=_specs(before, gradients, mode, is_permuted=start > 0),
         outputs=() if is_last else _specs(after, gradients, mode, is_permuted=True),
@@ -222,26 +223,6 @@ def _compiled(root: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
         if child.training != module.get_submodule(name).training:
             module.get_submodule(name).train(child.training)
     return module
-
-
-def _on_device(module: Any, device: torch.device | None) -> Any:
-    """A graph that a node calls, with the tensors that it creates on `device`."""
-    if device is None or not isinstance(module, fx.GraphModule):
-        return module
-    new = fx.Graph()
-    built: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        built[node] = _copy(new, node, built.__getitem__, device)
-    called = {str(node.target) for node in new.nodes if node.op in ("get_attr", "call_module")}
-    return _compiled({name: _on_device(module.get_submodule(name), device) for name in called}, new)
-
-
-def _copy(new: fx.Graph, node: fx.Node, lookup: Any, device: torch.device | None) -> fx.Node:
-    copied = new.node_copy(node, lookup)
-    if device is not None:
-        swap = lambda value: device if isinstance(value, torch.device) else value  # noqa: E731
-        copied.args, copied.kwargs = tree_map(swap, copied.args), tree_map(swap, copied.kwargs)
-    return copied
 
 
 def _memory_order(node: fx.Node, mode: ModeGraph) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedmp.errors import PlanError
-from fedmp.graph import LayerGraph, trace
+from fedmp.graph import CutRules, LayerGraph, trace
 from fedmp.records import Plan
 from fedmp.stages.blueprint import draw_blueprints
 from fedmp.stages.stage import Stage
@@ -22,6 +22,9 @@ def split(
     plan: Plan,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    leaves: Sequence[str] = (),
+    cut_rules: CutRules | None = None,
 ) -> list[nn.Module]:
     """Split a model into the stages of a plan.
 
@@ -29,6 +32,7 @@ def split(
         model: the model that was partitioned, or another of the same architecture.
         plan: from `fedmp.partition`, or read from JSON.
         args, kwargs: example inputs; needed only for a plan that was read from JSON.
+        leaves, cut_rules: as they were given to `trace`; for such a plan, too.
 
     Returns:
         The stages, in order. They share the model's parameters and buffers, under the same names.
@@ -41,7 +45,7 @@ def split(
     if graph is None:
         if args is None:
             raise PlanError("a plan that was read from JSON needs example inputs: split(model, plan, (x,))")
-        graph = trace(model, args, kwargs)
+        graph = trace(model, args, kwargs, leaves=leaves, cut_rules=cut_rules)
     device = next((parameter.device for parameter in model.parameters()), None)
     return list(split_graph(graph, plan, model, device=device))
 
@@ -67,6 +71,11 @@ def split_graph(
     Raises:
         PlanError: the plan or the model is not of this graph.
     """
+    if len(plan.layer_names) != len(graph.layers):
+        raise PlanError(
+            f"the plan is for {len(plan.layer_names)} layers, this trace of {graph.model_name} has "
+            f"{len(graph.layers)}; trace it with the same leaves and cut_rules"
+        )
     if plan.fingerprint and plan.fingerprint != graph.fingerprint:
         raise PlanError(
             f"the plan is for another model (fingerprint {plan.fingerprint}, this {graph.model_name} has "

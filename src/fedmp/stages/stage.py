@@ -29,9 +29,7 @@ class Stage(nn.Module):
             memory, until `materialize`.
     """
 
-    def __init__(
-        self, blueprint: StageBlueprint, tensors: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, blueprint: StageBlueprint, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         super().__init__()
         self._blueprint = blueprint
         self._slots: dict[str, tuple[nn.Module, str]] = {}
@@ -96,9 +94,7 @@ class Stage(nn.Module):
     def owned_state(self) -> dict[str, torch.Tensor]:
         """The tensors that the stage answers for, detached, by canonical name."""
         names = self._blueprint.owned
-        return {
-            name: tensor.detach() for name, tensor in zip(names, self.state_tensors(names), strict=True)
-        }
+        return {name: tensor.detach() for name, tensor in zip(names, self.state_tensors(names), strict=True)}
 
     def materialize(self, device: torch.device | str) -> Stage:
         """Give the weights memory on `device`, with undefined values; returns itself."""
@@ -141,7 +137,11 @@ class Stage(nn.Module):
             raise ValueError(
                 f"the model was traced with inputs of shapes {[spec.shape(traced) for spec in program.inputs]}, "
                 f"not {list(shapes)}; only the batch dim may differ"
-                + ("" if any(BATCH in _symbols(spec.dims) for spec in program.inputs) else ", and not even that")
+                + (
+                    ""
+                    if any(BATCH in _symbols(spec.dims) for spec in program.inputs)
+                    else ", and not even that"
+                )
                 + " (the forward fixes it); trace the model for these shapes"
             )
         for rule in program.rules:
@@ -213,7 +213,7 @@ def _write(module: nn.Module, name: str, tensor: torch.Tensor, is_persistent: bo
 
 
 def _read(module: nn.Module, name: str) -> torch.Tensor:
-    tensor = module._parameters.get(name)
+    tensor: torch.Tensor | None = module._parameters.get(name)
     if tensor is None:
         tensor = module._buffers[name]
     assert tensor is not None
