@@ -215,7 +215,7 @@ def test_a_users_own_topology_file_and_partitioner_work_from_outside(fedmp: Comm
     plans = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plans.keys() == {"ann", "bob"}
     assert {plan["partitioner"] for plan in plans.values()} == {"first-layer-alone"}
-    assert next(stage["stop"] for stage in plans["bob"]["stages"]) == 1
+    assert plans["bob"]["stages"][0]["stop"] == 1
 
 
 def test_plan_prints_a_table_and_writes_a_picture(fedmp: Command, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_an_optimizer_is_made_of_whatever_parameters_come() -> None:
 
 
 def test_a_server_optimizer_is_any_of_torch_optim() -> None:
-    job = composed("server_optimizer=adam").job()
+    job = composed("experiment=none", "server_optimizer=adam").job()
     assert job.server_optimizer is not None
     assert isinstance(job.server_optimizer([torch.nn.Parameter(torch.zeros(2))]), torch.optim.Adam)
 
@@ -86,10 +86,13 @@ def test_a_config_survives_json() -> None:
     ],
 )
 def test_a_config_error_names_the_key_and_the_value(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    def build() -> None:
         config = composed("experiment=none", *overrides)
         config.job()
         config.make_engine()
+
+    with pytest.raises(ConfigError, match=message):
+        build()
 
 
 def test_an_interpolation_is_resolved() -> None:

@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = arguments.pop(0)
     if command not in commands:
         return _fail(f"there is no command {command!r}; there are {', '.join(commands)}, and `fedmp --help`")
+    # threads that spin while they wait collapse as soon as another process wants their core
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.path.insert(0, os.getcwd())  # a config may name the user's own modules
     try:
         commands[command](arguments)
@@ -247,7 +249,7 @@ def _message(error: BaseException) -> str | None:
     """What to tell the user of an error; None for one that is ours."""
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     from fedmp.errors import FedmpError
 

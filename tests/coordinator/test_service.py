@@ -212,8 +212,7 @@ def test_no_corruption_of_an_update_gets_past_the_check_or_breaks_it(
     part.write_bytes(bytes(corrupt[: data.draw(st.integers(0, len(corrupt)))]))
     try:
         journal.accept(part, "ann", 0, ("a.weight", "a.mean"))
-    except RefusedError as error:
-        assert error.status == 422
+    except RefusedError:
         return
     taken = load((tmp_path / "round-00001" / "ann.0.safetensors").read_bytes())
     assert {name: tensor.shape for name, tensor in taken.items()} == {"a.weight": (3, 2), "a.mean": (3,)}

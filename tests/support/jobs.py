@@ -33,10 +33,8 @@ def images(num_train: int, num_test: int = 40, *, dtype: torch.dtype = torch.uin
     """The first images of the excerpt; raw, or normalised already if `dtype` is a float."""
     train, test = _excerpt().train, _excerpt().test
     if dtype == torch.uint8:
-        assert train.inputs is not None
-        assert test.inputs is not None
-        assert train.targets is not None
-        assert test.targets is not None
+        for tensor in (train.inputs, train.targets, test.inputs, test.targets):
+            assert tensor is not None
         return ArrayData(
             train.inputs[:num_train],
             train.targets[:num_train],
