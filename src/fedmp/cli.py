@@ -249,7 +249,7 @@ def _message(error: BaseException) -> str | None:
     """What to tell the user of an error; None for one that is ours."""
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     from fedmp.errors import FedmpError
 
