@@ -2,11 +2,13 @@
 
     python benchmarks/pipeline.py                 two processes, three sizes, against the rival
     python benchmarks/pipeline.py --dilated       four slowed processes, against the event simulator
+    python benchmarks/pipeline.py --compression   bytes between two devices, and accuracy
 
 Two processes with one thread each, gloo over loopback, 8 micro-batches, 1F1B for both. The three ways
 take turns within the same processes, so that a busy machine slows all of them alike. The rival runs plain
 `nn.Sequential` stages, its best case; fedmp runs the traced stages that its users get. "Ideal" is the
-one-process time / 2 x (M + 1) / M, the pipeline's bubble and nothing else.
+one-process time / 2 x (M + 1) / M, the pipeline's bubble and nothing else; "with both cores busy" takes
+that time while the other process does the same, since two processes share caches, memory and the host.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 MICROBATCHES = 8
+OURS = ("ours", "ours, long warm-up", "ours, zero bubble")
+WAYS = (*OURS, "rival", "one process", "one process, twice")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,9 +45,9 @@ class Size:
 
 SIZES = (
     Size("tiny", 64, 64, 20),
-    Size("medium", 256, 128, 15),
-    Size("compute-bound", 1024, 256, 4),
-    Size("large micro-batches", 1024, 1024, 2),
+    Size("medium", 256, 128, 12),
+    Size("compute-bound", 1024, 256, 3),
+    Size("large micro-batches", 1024, 1024, 1),
 )
 
 
@@ -122,15 +127,16 @@ def batch(size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, torch.randint(0, 10, (size.batch_size,), generator=generator)
 
 
-def _plan(names: list[str]) -> object:
-    """Four of the nine linear layers on the first stage."""
+def _plan(names: list[str], cuts: list[int] | None = None) -> Any:
+    """Four of the nine linear layers on the first of two stages, unless told otherwise."""
     from fedmp.records import Plan, StagePlan
 
-    linear = [index for index, name in enumerate(names) if int(name.split(".")[-1]) % 2 == 0]
-    cut = linear[4]
+    if cuts is None:
+        cuts = [[at for at, name in enumerate(names) if int(name.split(".")[-1]) % 2 == 0][4]]
+    bounds = [0, *cuts, len(names)]
     stages = tuple(
         StagePlan(device=f"d{i}", start=a, stop=b, forward_s=0, backward_s=0)
-        for i, (a, b) in enumerate(((0, cut), (cut, len(names))))
+        for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
     )
     return Plan(
         layer_names=tuple(names),
@@ -148,7 +154,7 @@ def worker(rank: int, pipe: Connection, repeats: int, names: list[str]) -> None:
     import torch.distributed as dist
 
     from fedmp.pipeline import DistributedTransport, host_rendezvous, join_rendezvous
-    from fedmp.schedule import OneFOneB
+    from fedmp.schedule import OneFOneB, ZeroBubble
 
     torch.set_num_threads(1)
     if rank == 0:
@@ -162,6 +168,9 @@ def worker(rank: int, pipe: Connection, repeats: int, names: list[str]) -> None:
             "ours": make_ours(size, rank, transport, OneFOneB(warmup="short")),
             "ours, long warm-up": make_ours(size, rank, transport, OneFOneB()),
             "rival": make_rival(size, rank),
+            "ours, zero bubble": make_ours(size, rank, transport, ZeroBubble()),
+            # on both at once: what the machine gives when both cores are at work
+            "one process, twice": make_single(size),
         }
         if rank == 0:
             ways["one process"] = make_single(size)
@@ -174,22 +183,17 @@ def worker(rank: int, pipe: Connection, repeats: int, names: list[str]) -> None:
 
 def measure(
     ways: dict[str, Way], size: Size, repeats: int, barrier: Callable[[], object], rank: int
-) -> dict[str, list[float]]:
-    """Median step seconds of each way in each repeat."""
-    times: dict[str, list[float]] = {
-        name: [] for name in ("ours", "ours, long warm-up", "rival", "one process")
-    }
-    for repeat in range(repeats + 1):
+) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of every step of each way; the ways take turns step by step."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
+    for step in range(repeats * size.steps + 2):
         for name, recorded in times.items():
-            seconds = []
-            for _ in range(size.steps):
-                barrier()
-                start = time.perf_counter()
-                if name in ways:
-                    ways[name].run()
-                seconds.append(time.perf_counter() - start)
-            if repeat:
-                recorded.append(statistics.median(seconds))
+            barrier()
+            start, cpu = time.perf_counter(), time.process_time()
+            if name in ways:
+                ways[name].run()
+            if step > 1:
+                recorded.append((time.perf_counter() - start, time.process_time() - cpu))
     if rank == 0:
         _check_same_gradients(ways)
     return times
@@ -202,7 +206,7 @@ def _check_same_gradients(ways: dict[str, Way]) -> None:
             torch.testing.assert_close(mine.grad, other.grad, rtol=2e-4, atol=1e-6, msg=name)
 
 
-def compare(repeats: int, names: list[str]) -> list[dict[str, object]]:
+def compare(repeats: int, names: list[str]) -> list[dict[str, Any]]:
     """Run both processes; print and return one row a size."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]
@@ -212,39 +216,215 @@ def compare(repeats: int, names: list[str]) -> list[dict[str, object]]:
     for process in processes:
         process.start()
     pipes[1][0].send(pipes[0][0].recv())
-    print(f"{'median step, ms':22}{'ours':>8}{'long':>8}{'rival':>8}{'single':>8}{'ideal':>8}"
-          f"{'ours/rival':>12}{'long/rival':>12}{'share of ideal':>16}")  # fmt: skip
+    print(f"{'step, ms: median (minimum)':27}" + "".join(f"{name:>19}" for name in (*WAYS, "ideal")))
     rows = []
     for size in (size for size in SIZES if size.name in names):
         row = summarise(size, pipes[0][0].recv())
         rows.append(row)
-        print(
-            f"{size.name:22}" + "".join(f"{1e3 * row[k]:8.2f}" for k in ("ours", "long", "rival", "single", "ideal"))
-            + f"{row['ratio']:12.2f}{row['long_ratio']:12.2f}{row['share']:16.2f}",
-            flush=True,
-        )  # fmt: skip
+        print_row(row)
     for process in processes:
         process.join()
     return rows
 
 
-def summarise(size: Size, times: dict[str, list[float]]) -> dict[str, float]:
-    """Medians, and medians of the ratios within each repeat."""
-    middle = statistics.median
-    ours, long = times["ours"], times["ours, long warm-up"]
-    rival, single = times["rival"], times["one process"]
-    ideal = [value / 2 * (MICROBATCHES + 1) / MICROBATCHES for value in single]
-    best = [min(a, b) for a, b in zip(ours, long, strict=True)]
+def summarise(size: Size, times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Medians and minima; ratios are medians of the ratios of steps taken in turn."""
+    wall = {name: [seconds for seconds, _ in listed] for name, listed in times.items()}
+    bubble = (MICROBATCHES + 1) / MICROBATCHES
+    wall["ideal"] = [value / 2 * bubble for value in wall["one process"]]
+    wall["ideal, both busy"] = [value / 2 * bubble for value in wall["one process, twice"]]
+
+    def ratio(above: str, below: str) -> float:
+        return statistics.median(a / b for a, b in zip(wall[above], wall[below], strict=True))
+
     return {
-        "ours": middle(ours),
-        "long": middle(long),
-        "rival": middle(rival),
-        "single": middle(single),
-        "ideal": middle(ideal),
-        "ratio": middle([a / b for a, b in zip(ours, rival, strict=True)]),
-        "long_ratio": middle([a / b for a, b in zip(long, rival, strict=True)]),
-        "share": middle([a / b for a, b in zip(ideal, best, strict=True)]),
+        "size": size.name,
+        "median_s": {name: statistics.median(values) for name, values in wall.items()},
+        "minimum_s": {name: min(values) for name, values in wall.items()},
+        "cpu_s": {name: statistics.median(cpu for _, cpu in listed) for name, listed in times.items()},
+        "ratio": {name: ratio(name, "rival") for name in OURS},
+        "minimum_ratio": {name: min(wall[name]) / min(wall["rival"]) for name in OURS},
+        "share": {name: ratio("ideal", name) for name in OURS},
+        "minimum_share": {name: min(wall["ideal"]) / min(wall[name]) for name in OURS},
+        "share_both_busy": {name: ratio("ideal, both busy", name) for name in OURS},
+        "minimum_share_both_busy": {name: min(wall["ideal, both busy"]) / min(wall[name]) for name in OURS},
     }
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """One size's times and, for each of ours, how it compares."""
+    cells = [f"{1e3 * row['median_s'][n]:9.2f} ({1e3 * row['minimum_s'][n]:7.2f})" for n in (*WAYS, "ideal")]
+    print(f"{row['size']:27}" + " ".join(cells))
+    for name in OURS:
+        print(
+            f"    {name:23} / rival {row['ratio'][name]:.2f} (of minima {row['minimum_ratio'][name]:.2f}), "
+            f"share of ideal {row['share'][name]:.2f} ({row['minimum_share'][name]:.2f}), "
+            f"with both cores busy {row['share_both_busy'][name]:.2f} "
+            f"({row['minimum_share_both_busy'][name]:.2f}), "
+            f"CPU ms {1e3 * row['cpu_s'][name]:.2f} against {1e3 * row['cpu_s']['rival']:.2f}",
+            flush=True,
+        )
+
+
+FORWARD_S = (0.020, 0.032, 0.024, 0.016)
+
+
+def dilated_worker(rank: int, pipe: Connection, repeats: int) -> None:
+    """One of four devices that take as long as they are told to."""
+    import torch.distributed as dist
+
+    from fedmp.graph import trace
+    from fedmp.pipeline import (
+        DistributedTransport,
+        MicroBatches,
+        Pace,
+        RunnerOptions,
+        StageRunner,
+        host_rendezvous,
+        join_rendezvous,
+        microbatch_sizes,
+    )
+    from fedmp.schedule import schedule_by_name
+    from fedmp.stages import split_graph
+    from fedmp.tasks import CrossEntropy
+
+    torch.set_num_threads(1)
+    if rank == 0:
+        rendezvous = host_rendezvous("127.0.0.1")
+        pipe.send(rendezvous.port)
+    else:
+        rendezvous = join_rendezvous("127.0.0.1", pipe.recv())
+    transport = DistributedTransport(rendezvous, rank=rank, world_size=4, prefix="dilated")
+    size = SIZES[0]
+    inputs, targets = batch(size)
+    model = build(size)
+    graph = trace(model, (inputs,))
+    names = [layer.name for layer in graph.layers]
+    cuts = [round(len(names) * index / 4) for index in (1, 2, 3)]
+    stage = split_graph(graph, _plan(names, cuts), model)[rank]
+    pace = Pace(FORWARD_S[rank], 2 * FORWARD_S[rank])
+    runner = StageRunner(stage, CrossEntropy(), transport, options=RunnerOptions(pace=pace))
+    sizes = microbatch_sizes(size.batch_size, MICROBATCHES)
+    parts = MicroBatches(sizes, [(part,) for part in inputs.split(sizes)], targets.split(sizes))
+    times: dict[str, list[float]] = {name: [] for name in ("gpipe", "1f1b", "1f1b-short")}
+    for repeat in range(repeats + 1):
+        for name, recorded in times.items():
+            dist.barrier()
+            start = time.perf_counter()
+            runner.train_batch(parts, schedule_by_name(name), round=1, step=0)
+            dist.barrier()
+            if repeat:
+                recorded.append(time.perf_counter() - start)
+    if rank == 0:
+        pipe.send(times)
+    transport.close()
+
+
+def dilate(repeats: int) -> list[dict[str, Any]]:
+    """Four slowed processes against the event simulator."""
+    from fedmp.partition.events import StageTimes, step_s
+
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(4)]
+    processes = [
+        context.Process(target=dilated_worker, args=(rank, pipes[rank][1], repeats)) for rank in range(4)
+    ]
+    for process in processes:
+        process.start()
+    port = pipes[0][0].recv()
+    for mine, _ in pipes[1:]:
+        mine.send(port)
+    backward = [2 * seconds for seconds in FORWARD_S]
+    predicted = StageTimes(list(FORWARD_S), backward, [0.0] * 3, [0.0] * 3)
+    rows = []
+    for name, seconds in pipes[0][0].recv().items():
+        expected, found = step_s(predicted, name, MICROBATCHES), statistics.median(seconds)
+        rows.append({"schedule": name, "predicted_s": expected, "measured_s": found})
+        print(
+            f"{name:12} measured {1e3 * found:7.1f} ms, predicted {1e3 * expected:7.1f} ms, {found / expected:.3f}"
+        )
+    for process in processes:
+        process.join()
+    return rows
+
+
+def compressed_worker(rank: int, pipe: Connection, epochs: int) -> None:
+    """Train a small MLP on the shipped Fashion-MNIST excerpt with each kind of compression."""
+    from fedmp.data import FashionMNISTExcerpt
+    from fedmp.graph import trace
+    from fedmp.models import MLP
+    from fedmp.pipeline import (
+        DistributedTransport,
+        MicroBatches,
+        RunnerOptions,
+        StageRunner,
+        host_rendezvous,
+        join_rendezvous,
+        microbatch_sizes,
+    )
+    from fedmp.schedule import OneFOneB
+    from fedmp.stages import split_graph
+    from fedmp.tasks import CrossEntropy
+
+    torch.set_num_threads(1)
+    if rank == 0:
+        rendezvous = host_rendezvous("127.0.0.1")
+        pipe.send(rendezvous.port)
+    else:
+        rendezvous = join_rendezvous("127.0.0.1", pipe.recv())
+    transport = DistributedTransport(rendezvous, rank=rank, world_size=2, prefix="compressed")
+    data = FashionMNISTExcerpt().load()
+
+    def parts(inputs: torch.Tensor, targets: torch.Tensor) -> MicroBatches:
+        sizes = microbatch_sizes(len(inputs), MICROBATCHES)
+        return MicroBatches(sizes, [(part,) for part in inputs.split(sizes)], targets.split(sizes))
+
+    for kind in ("none", "bf16", "int8"):
+        torch.manual_seed(0)
+        model = MLP(hidden=(256, 128, 64))
+        graph = trace(model, (data.train.batch(torch.arange(64))[0],))
+        names = [layer.name for layer in graph.layers]
+        stage = split_graph(graph, _plan(names, [len(names) // 2]), model)[rank]
+        options = RunnerOptions(compress_activations=kind, compress_gradients=kind)  # type: ignore[arg-type]
+        runner = StageRunner(stage, CrossEntropy(), transport, options=options)
+        optimizer = torch.optim.SGD(stage.parameters(), lr=0.05, momentum=0.9)
+        generator = torch.Generator().manual_seed(0)
+        for epoch in range(epochs):
+            for step, index in enumerate(torch.randperm(len(data.train), generator=generator).split(64)):
+                optimizer.zero_grad()
+                runner.train_batch(parts(*data.train.batch(index)), OneFOneB(), round=epoch, step=step)
+                runner.finish_gradients(round=epoch, step=step)
+                optimizer.step()
+        sent = runner.bytes_sent
+        everything = data.test.batch(torch.arange(len(data.test)))
+        result = runner.evaluate_batch(parts(*everything), round=epochs, step=0)
+        accuracy = result.num_correct / max(result.weight, 1)
+        pipe.send((kind, sent, accuracy, result.loss_sum / max(result.weight, 1)))
+    transport.close()
+
+
+def compress(epochs: int) -> list[dict[str, Any]]:
+    """Bytes saved, and what it does to accuracy."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(2)]
+    processes = [
+        context.Process(target=compressed_worker, args=(rank, pipes[rank][1], epochs)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    pipes[1][0].send(pipes[0][0].recv())
+    rows = []
+    for _ in range(3):
+        (kind, first, _, _), (_, second, accuracy, loss) = pipes[0][0].recv(), pipes[1][0].recv()
+        rows.append({"compression": kind, "bytes": first + second, "accuracy": accuracy, "loss": loss})
+        saved = 1 - (first + second) / rows[0]["bytes"]
+        print(
+            f"{kind:5} {(first + second) / 1e6:8.1f} MB sent ({saved:.0%} saved), "
+            f"accuracy {accuracy:.4f}, loss {loss:.4f}"
+        )
+    for process in processes:
+        process.join()
+    return rows
 
 
 def main() -> None:
@@ -254,9 +434,17 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--sizes", nargs="*", default=[size.name for size in SIZES])
+    parser.add_argument("--dilated", action="store_true", help="four slowed processes instead")
+    parser.add_argument("--compression", action="store_true", help="bytes and accuracy instead")
     options = parser.parse_args()
-    rows = compare(options.repeats, options.sizes)
     RESULTS.mkdir(exist_ok=True)
+    if options.dilated:
+        (RESULTS / "pipeline_dilated.json").write_text(json.dumps(dilate(options.repeats), indent=2))
+        return
+    if options.compression:
+        (RESULTS / "pipeline_compression.json").write_text(json.dumps(compress(epochs=5), indent=2))
+        return
+    rows = compare(options.repeats, options.sizes)
     report = {"torch": torch.__version__, "sizes": [asdict(size) for size in SIZES], "rows": rows}
     (RESULTS / "pipeline.json").write_text(json.dumps(report, indent=2))
 

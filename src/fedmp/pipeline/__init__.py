@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedmp.pipeline.compression import Compression
 from fedmp.pipeline.microbatches import BatchResult, MicroBatches, microbatch_sizes
-from fedmp.pipeline.options import RunnerOptions
+from fedmp.pipeline.options import Pace, RunnerOptions
 from fedmp.pipeline.runner import DeviceRunner, StageRunner
 from fedmp.pipeline.trace import DeviceShares, chrome_trace, format_shares, time_shares, write_chrome_trace
 from fedmp.pipeline.transport import (
@@ -23,6 +23,7 @@ __all__ = [
     "DeviceShares",
     "DistributedTransport",
     "MicroBatches",
+    "Pace",
     "Pending",
     "Rendezvous",
     "RunnerOptions",

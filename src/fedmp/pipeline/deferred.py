@@ -1,4 +1,8 @@
-"""Layers whose backward computes the gradient of their input at once and that of their weight later."""
+"""Layers that add the gradient of their weight to `grad` themselves: in place, and later if asked to.
+
+Autograd makes a weight's gradient anew for every micro-batch and then adds it; for a large weight that
+costs its memory once more, and two passes through it. Here the product is added as it is computed.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,25 @@ Work = Callable[[], None]
 class WeightGradients:
     """The weight gradients that are still to be computed, by micro-batch.
 
-    Attributes:
-        current: where the backward that runs puts its work.
+    Args:
+        is_deferred: whether to leave them until `compute`, rather than compute them at once.
     """
 
-    def __init__(self) -> None:
-        self.current: list[Work] = []
+    def __init__(self, *, is_deferred: bool) -> None:
+        self._is_deferred = is_deferred
+        self._current: list[Work] = []
         self._waiting: dict[int, list[Work]] = {}
+
+    def add(self, work: Work) -> None:
+        """Work of the backward that runs."""
+        if self._is_deferred:
+            self._current.append(work)
+        else:
+            work()
 
     def begin(self, microbatch: int) -> None:
         """A backward of inputs starts."""
-        self.current = self._waiting[microbatch] = []
+        self._current = self._waiting[microbatch] = []
 
     def compute(self, microbatch: int) -> None:
         """Compute what a micro-batch left, and add it to the parameters' `grad`."""
@@ -36,7 +48,7 @@ class WeightGradients:
 
     def clear(self) -> None:
         """Forget everything, after an error."""
-        self.current = []
+        self._current = []
         self._waiting.clear()
 
 
@@ -73,8 +85,8 @@ class DeferredConvolution(nn.Module):
         groups: int = 1,
     ) -> torch.Tensor:
         """The convolution."""
-        expand = lambda sizes: list(sizes) * (self._num_dims // len(sizes))  # noqa: E731
-        settings = (expand(stride), expand(padding), expand(dilation), groups)  # type: ignore[no-untyped-call]
+        sizes = ([*each] * (self._num_dims // len(each)) for each in (stride, padding, dilation))
+        settings = (*sizes, groups)
         return _apply(_Convolution, inputs, weight, bias, settings, self._store)
 
 
@@ -100,11 +112,11 @@ class _Linear(torch.autograd.Function):
         def later() -> None:
             rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[None]
             if weight.requires_grad:
-                _add(weight, rows.T @ inputs.to(rows.dtype).reshape(rows.shape[0], -1))
+                _add_product(weight, rows.T, inputs.to(rows.dtype).reshape(rows.shape[0], -1))
             if bias is not None and bias.requires_grad:
                 _add(bias, rows.sum(0))
 
-        ctx.store.current.append(later)
+        ctx.store.add(later)
         wanted = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
         return wanted, None, None, None
 
@@ -158,7 +170,7 @@ class _Convolution(torch.autograd.Function):
             if with_bias:
                 _add(bias, of_bias)
 
-        ctx.store.current.append(later)
+        ctx.store.add(later)
         wanted = part([True, False, False])[0] if ctx.needs_input_grad[0] else None
         return wanted, None, None, None, None
 
@@ -166,6 +178,13 @@ class _Convolution(torch.autograd.Function):
 def _apply(function: Any, *args: Any) -> torch.Tensor:
     result: torch.Tensor = function.apply(*args)
     return result
+
+
+def _add_product(parameter: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if parameter.grad is not None and parameter.dtype == left.dtype:
+        parameter.grad.addmm_(left, right)
+    else:
+        _add(parameter, left @ right)
 
 
 def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:

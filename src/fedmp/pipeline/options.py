@@ -8,21 +8,35 @@ import torch
 
 from fedmp.pipeline.compression import Compression
 
-__all__ = ["RunnerOptions"]
+__all__ = ["Pace", "RunnerOptions"]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a device's actions take at least; it sleeps for the rest.
+
+    Attributes:
+        forward_s, backward_s: seconds of one micro-batch; halves of a split backward take half each.
+    """
+
+    forward_s: float
+    backward_s: float
 
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """Choices for a runner; all but `checkpoint` must be the same on all of a client's devices.
+    """Choices for a runner; all but `checkpoint` and `pace` must be the same on all of a client's devices.
 
     Attributes:
         checkpoint: keep only a stage's inputs until the backward, and compute its activations again.
         autocast: compute in this dtype where torch thinks it safe; None computes in the weights' dtype.
             Tensors cross a boundary in the dtype they were traced with, and are no less precise for it.
+        pace: emulate a slower device: each forward and each backward takes at least so long.
         compress_activations, compress_gradients: what crosses a boundary: "none", "bf16" or "int8".
     """
 
     checkpoint: bool = False
     autocast: torch.dtype | None = None
+    pace: Pace | None = None
     compress_activations: Compression = "none"
     compress_gradients: Compression = "none"

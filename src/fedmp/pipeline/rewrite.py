@@ -7,7 +7,7 @@ added; the program that the stage came with is left as it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -99,25 +99,32 @@ def seed_randomness(program: Program, key: RandomKey) -> Program:
     return _with_modules(program, "seeded", module_for)
 
 
-def defer_weight_gradients(program: Program, store: WeightGradients, parameters: set[str]) -> Program:
-    """Split the backward of a program: its linear and convolution layers leave their weight's gradient
-    for later (Qi et al., 2023, Zero Bubble Pipeline Parallelism, section 2).
+def defer_weight_gradients(
+    program: Program, store: WeightGradients, parameters: Mapping[str, int], *, smallest: int = 0
+) -> Program:
+    """Take weight gradients out of a program's backward: its linear and convolution layers leave them to
+    `store`, which may compute them later (Qi et al., 2023, Zero Bubble Pipeline Parallelism, section 2).
 
     Args:
         program: of one stage.
         store: where the work that remains is kept.
-        parameters: names of the state tensors that are parameters.
+        parameters: elements of each parameter, by name.
+        smallest: weights of fewer elements stay with autograd.
 
     Returns:
         A program whose backward computes gradients of inputs, and of the weights of all other layers.
     """
     placeholders = [node for node in program.module.graph.nodes if node.op == "placeholder"]
-    weights = {node for node, name in zip(placeholders, program.state, strict=False) if name in parameters}
+    sizes: dict[object, int] = {
+        node: parameters[name]
+        for node, name in zip(placeholders, program.state, strict=False)
+        if name in parameters
+    }
 
     def module_for(node: fx.Node) -> nn.Module | None:
-        if len(node.args) < 2 or node.args[1] not in weights:
+        if len(node.args) < 2 or sizes.get(node.args[1], -1) < smallest:
             return None
-        if len(node.args) > 2 and node.args[2] is not None and node.args[2] not in weights:
+        if len(node.args) > 2 and node.args[2] is not None and node.args[2] not in sizes:
             return None
         if node.target is torch.ops.aten.linear.default:
             return DeferredLinear(store)

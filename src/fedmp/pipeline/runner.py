@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from fedmp.errors import PipelineError
-from fedmp.pipeline.frames import FrameKind, FrameLayout
-from fedmp.pipeline.gradients import Exchange, clip_gradients, sum_tied_gradients
-from fedmp.pipeline.links import Handover, Receiver, Sender, StepId
+from fedmp.pipeline.gradients import clip_gradients, sum_tied_gradients
+from fedmp.pipeline.links import Handover, StepId
 from fedmp.pipeline.microbatches import BatchResult, MicroBatches
 from fedmp.pipeline.options import RunnerOptions
 from fedmp.pipeline.rewrite import RandomKey
 from fedmp.pipeline.stage_work import StageWork
 from fedmp.pipeline.transport import Transport
+from fedmp.pipeline.wiring import Part, wire
 from fedmp.records import TimedAction
 from fedmp.schedule import Action, ActionKind, PlacedAction, PlacedSchedule, Schedule, peak_in_flight
 from fedmp.stages import Stage
@@ -33,17 +33,6 @@ __all__ = ["DeviceRunner", "StageRunner"]
 _GRADIENTS_AHEAD = 2
 _EVALUATED_AHEAD = 3
 _DEFAULT_OPTIONS = RunnerOptions()
-
-
-class _Part:
-    """A stage of this device with its four links; None where the pipeline begins or ends."""
-
-    def __init__(self, work: StageWork) -> None:
-        self.work = work
-        self.inputs: dict[bool, Receiver | Handover] = {}
-        self.outputs: dict[bool, Sender | Handover] = {}
-        self.gradients: Receiver | Handover | None = None
-        self.input_gradients: Sender | Handover | None = None
 
 
 class DeviceRunner:
@@ -91,17 +80,15 @@ class DeviceRunner:
         self._transport = transport
         self._device = device
         self._placement = tuple(map(tuple, placement))
-        self._device_of = {stage: rank for rank, own in enumerate(placement) for stage in own}
         self._options = options
         self._device_name = device_name
         self._key = RandomKey(seed)
-        works = [StageWork(stage, task, options, self._key) for stage in stages]
-        self._parts = {work.index: _Part(work) for work in works}
+        self._works = [StageWork(stage, task, options, self._key) for stage in stages]
         self._num_stages = stages[0].blueprint.num_stages
         self._orders: dict[tuple[object, int], tuple[list[list[PlacedAction]], dict[int, int]]] = {}
         self._is_broken = False
         self._bytes_before = 0
-        self._link()
+        self._wiring = wire(self._works, transport, device, self._placement, options)
 
     @property
     def seed(self) -> int | None:
@@ -115,12 +102,16 @@ class DeviceRunner:
     @property
     def bytes_sent(self) -> int:
         """Bytes sent to other devices since the runner was made."""
-        return self._bytes_before + self._exchange.bytes_sent + sum(end.bytes_sent for end in self._senders)
+        return (
+            self._bytes_before
+            + self._wiring.exchange.bytes_sent
+            + sum(end.bytes_sent for end in self._wiring.senders)
+        )
 
     @property
     def buffer_bytes(self) -> int:
         """Memory of the buffers that wait for their next use."""
-        ends = [*self._senders, *self._receivers]
+        ends = [*self._wiring.senders, *self._wiring.receivers]
         return sum(end.pool.num_bytes for end in ends if not isinstance(end, Handover))
 
     def train_batch(
@@ -159,7 +150,7 @@ class DeviceRunner:
                 ActionKind.BACKWARD_INPUT: self._backward,
                 ActionKind.BACKWARD_WEIGHT: self._backward_weight,
             }
-            parts = self._parts
+            parts = self._wiring.parts
             for kind, microbatch, stage in mine:
                 run[kind](parts[stage], microbatch, batch)
             result = self._result()
@@ -190,7 +181,7 @@ class DeviceRunner:
         with self._working():
             self._begin_evaluation(batch, round, step)
             for microbatch in range(len(batch.sizes)):
-                for part in self._parts.values():
+                for part in self._wiring.parts.values():
                     self._evaluate(part, microbatch, batch, keep_outputs)
             result = self._result()
             self._finish()
@@ -211,10 +202,10 @@ class DeviceRunner:
             PipelineError: a peer is gone, silent, or sent what does not belong here.
         """
         with self._working():
-            self._exchange.begin(StepId(self._generation, round, step))
-            sum_tied_gradients(self.stages, self._exchange)
+            self._wiring.exchange.begin(StepId(self._generation, round, step))
+            sum_tied_gradients(self.stages, self._wiring.exchange)
             if max_norm is not None:
-                return clip_gradients(self.stages, self._exchange, max_norm)
+                return clip_gradients(self.stages, self._wiring.exchange, max_norm)
         return None
 
     def reconnect(self, transport: Transport | None) -> None:
@@ -227,17 +218,18 @@ class DeviceRunner:
         """
         self._bytes_before = self.bytes_sent
         self._transport = transport
-        for part in self._parts.values():
-            part.work.abandon()
-        self._link()
+        for work in self._works:
+            work.abandon()
+        self._wiring = wire(self._works, transport, self._device, self._placement, self._options)
         self._is_broken = False
 
     # one action
 
-    def _forward(self, part: _Part, microbatch: int, batch: MicroBatches) -> None:
+    def _forward(self, part: Part, microbatch: int, batch: MicroBatches) -> None:
         inputs = self._take_inputs(part, microbatch, batch, training=True)
         start_s = time.perf_counter()
         outputs = part.work.forward(microbatch, inputs)
+        self._sleep(start_s, ActionKind.FORWARD)
         self._timed("forward", part, microbatch, start_s)
         if not part.work.is_last:
             start_s = time.perf_counter()
@@ -248,7 +240,7 @@ class DeviceRunner:
         if part.gradients is not None:
             part.gradients.post()
 
-    def _backward(self, part: _Part, microbatch: int, batch: MicroBatches) -> None:
+    def _backward(self, part: Part, microbatch: int, batch: MicroBatches) -> None:
         work = part.work
         gradients: Sequence[torch.Tensor | None] = ()
         if part.gradients is not None:
@@ -257,6 +249,7 @@ class DeviceRunner:
             self._timed("wait", part, microbatch, start_s)
         start_s = time.perf_counter()
         of_inputs = work.backward(microbatch, gradients)
+        self._sleep(start_s, ActionKind.BACKWARD_INPUT if work.keeps_for_weights else ActionKind.BACKWARD)
         self._timed("backward", part, microbatch, start_s)
         if part.input_gradients is not None:
             start_s = time.perf_counter()
@@ -265,13 +258,14 @@ class DeviceRunner:
         if not work.keeps_for_weights:
             self._release(part, microbatch)
 
-    def _backward_weight(self, part: _Part, microbatch: int, batch: MicroBatches) -> None:
+    def _backward_weight(self, part: Part, microbatch: int, batch: MicroBatches) -> None:
         start_s = time.perf_counter()
         part.work.backward_weight(microbatch)
+        self._sleep(start_s, ActionKind.BACKWARD_WEIGHT)
         self._timed("backward", part, microbatch, start_s)
         self._release(part, microbatch)
 
-    def _release(self, part: _Part, microbatch: int) -> None:
+    def _release(self, part: Part, microbatch: int) -> None:
         if part.gradients is not None:
             part.gradients.release(microbatch)
             part.gradients.post()
@@ -281,7 +275,7 @@ class DeviceRunner:
 
     def _evaluate(
         self,
-        part: _Part,
+        part: Part,
         microbatch: int,
         batch: MicroBatches,
         keep_outputs: Callable[[Any], None] | None,
@@ -290,6 +284,7 @@ class DeviceRunner:
         inputs = self._take_inputs(part, microbatch, batch, training=False)
         start_s = time.perf_counter()
         outputs = work.evaluate(microbatch, inputs)
+        self._sleep(start_s, ActionKind.FORWARD)
         self._timed("forward", part, microbatch, start_s)
         if not work.is_last:
             link = part.outputs[False]
@@ -305,7 +300,7 @@ class DeviceRunner:
             part.inputs[False].post()
 
     def _take_inputs(
-        self, part: _Part, microbatch: int, batch: MicroBatches, *, training: bool
+        self, part: Part, microbatch: int, batch: MicroBatches, *, training: bool
     ) -> Sequence[torch.Tensor]:
         if part.work.is_first:
             assert batch.inputs is not None
@@ -328,7 +323,7 @@ class DeviceRunner:
     ) -> None:
         id, sizes = StepId(self._generation, round, step), batch.sizes
         self._key.round, self._key.step = round, step
-        for stage, part in self._parts.items():
+        for stage, part in self._wiring.parts.items():
             if not part.work.is_first:
                 order = [a.microbatch for a in mine if a.stage == stage and a.kind is ActionKind.FORWARD]
                 part.inputs[True].begin(id, sizes, order, peaks[stage] + 1)
@@ -342,12 +337,12 @@ class DeviceRunner:
             if part.input_gradients is not None:
                 part.input_gradients.begin(id, sizes, peaks[stage - 1])
         splits = any(action.kind is ActionKind.BACKWARD_WEIGHT for action in mine)
-        for part in self._parts.values():
+        for part in self._wiring.parts.values():
             part.work.begin(batch.targets, training=True, splits=splits, total_weight=total_weight)
 
     def _begin_evaluation(self, batch: MicroBatches, round: int, step: int) -> None:
         id, order = StepId(self._generation, round, step), range(len(batch.sizes))
-        for part in self._parts.values():
+        for part in self._wiring.parts.values():
             if not part.work.is_first:
                 part.inputs[False].begin(id, batch.sizes, order, _EVALUATED_AHEAD)
                 part.inputs[False].post()
@@ -356,13 +351,13 @@ class DeviceRunner:
             part.work.begin(batch.targets, training=False)
 
     def _result(self) -> BatchResult:
-        last = self._parts.get(self._num_stages - 1)
+        last = self._wiring.parts.get(self._num_stages - 1)
         return BatchResult() if last is None else last.work.result()
 
     def _finish(self) -> None:
-        for sender in self._senders:
+        for sender in self._wiring.senders:
             sender.finish()
-        for receiver in self._receivers:
+        for receiver in self._wiring.receivers:
             receiver.finish()
 
     @contextmanager
@@ -403,78 +398,17 @@ class DeviceRunner:
     def _generation(self) -> int:
         return 0 if self._transport is None else self._transport.generation
 
-    def _link(self) -> None:
-        """Make the links between this device's stages and their neighbours."""
-        self._senders: list[Sender | Handover] = []
-        self._receivers: list[Receiver | Handover] = []
-        self._exchange = Exchange(self._transport, self._device, self._placement)
-        for stage, part in sorted(self._parts.items()):
-            part.gradients = part.input_gradients = None
-            before = self._parts.get(stage - 1)
-            if before is not None:
-                self._join(before, part)
-                continue
-            if not part.work.is_first:
-                for training in (True, False):
-                    part.inputs[training] = self._receiver(part, FrameKind.ACTIVATION, stage - 1, training)
-                if part.work.input_gradients:
-                    part.input_gradients = self._sender(part, FrameKind.GRADIENT, stage - 1, training=True)
-        for stage, part in sorted(self._parts.items()):
-            if part.work.is_last or stage + 1 in self._parts:
-                continue
-            for training in (True, False):
-                part.outputs[training] = self._sender(part, FrameKind.ACTIVATION, stage + 1, training)
-            if part.work.output_gradients:
-                part.gradients = self._receiver(part, FrameKind.GRADIENT, stage + 1, training=True)
+    def _sleep(self, start_s: float, kind: ActionKind) -> None:
+        """Make an action last as long as on the device that is emulated."""
+        pace = self._options.pace
+        if pace is None:
+            return
+        wanted_s = {ActionKind.FORWARD: pace.forward_s, ActionKind.BACKWARD: pace.backward_s}
+        rest_s = start_s + wanted_s.get(kind, pace.backward_s / 2) - time.perf_counter()
+        if rest_s > 0:
+            time.sleep(rest_s)
 
-    def _join(self, before: _Part, after: _Part) -> None:
-        for training in (True, False):
-            forward = Handover()
-            before.outputs[training] = after.inputs[training] = forward
-            self._senders.append(forward)
-            self._receivers.append(forward)
-        if after.work.input_gradients:
-            back = Handover()
-            before.gradients = after.input_gradients = back
-            self._receivers.append(back)
-
-    def _sender(self, part: _Part, kind: FrameKind, to_stage: int, training: bool) -> Sender:
-        assert self._transport is not None
-        sender = Sender(
-            self._transport,
-            peer=self._device_of[to_stage],
-            kind=kind,
-            stage=part.work.index,
-            layout_of=self._layouts(part, kind, training, outgoing=True),
-        )
-        self._senders.append(sender)
-        return sender
-
-    def _receiver(self, part: _Part, kind: FrameKind, from_stage: int, training: bool) -> Receiver:
-        assert self._transport is not None
-        receiver = Receiver(
-            self._transport,
-            peer=self._device_of[from_stage],
-            kind=kind,
-            stage=from_stage,
-            layout_of=self._layouts(part, kind, training, outgoing=False),
-        )
-        self._receivers.append(receiver)
-        return receiver
-
-    def _layouts(
-        self, part: _Part, kind: FrameKind, training: bool, *, outgoing: bool
-    ) -> Callable[[int], FrameLayout]:
-        program = part.work.stage.blueprint.program(training=training)
-        is_gradient = kind is FrameKind.GRADIENT
-        specs = program.outputs if outgoing != is_gradient else program.inputs
-        options = self._options
-        compression = options.compress_gradients if is_gradient else options.compress_activations
-        if is_gradient:
-            specs = tuple(spec for spec in specs if spec.has_gradient)
-        return lambda size: FrameLayout.of(specs, size, compression)
-
-    def _timed(self, kind: str, part: _Part, microbatch: int, start_s: float) -> None:
+    def _timed(self, kind: str, part: Part, microbatch: int, start_s: float) -> None:
         if self.observe is not None:
             stop_s = time.perf_counter()
             self.observe(TimedAction(self._device_name, part.work.index, kind, microbatch, start_s, stop_s))

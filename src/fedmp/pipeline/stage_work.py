@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,6 +21,8 @@ __all__ = ["StageWork"]
 
 _SCORED_AT_ONCE = 1 << 20
 _KEPT_WHOLE = 1 << 14
+# elements from which adding a gradient in place is worth a call into Python
+_LARGE_WEIGHT = 1 << 18
 
 Held = tuple[Sequence[torch.Tensor], list[Any], list[torch.Tensor] | None]
 
@@ -43,7 +46,8 @@ class StageWork:
         self._task = task
         self._options = options
         self._key = key
-        self._store = WeightGradients()
+        self._store = WeightGradients(is_deferred=True)
+        self._at_once = WeightGradients(is_deferred=False)
         self._programs: dict[tuple[bool, bool, bool], Program] = {}
         self._mutated = mutated_inputs(stage.blueprint.train)
         self._spec = stage.blueprint.out_spec
@@ -246,8 +250,11 @@ class StageWork:
             program = self.stage.blueprint.program(training=training)
             if self._key.seed is not None:
                 program = seed_randomness(program, self._key)
+            state = self.stage.blueprint.state
+            elements = {n: math.prod(s.shape) for n, s in state.items() if s.kind == "parameter"}
             if splits:
-                trained = {n for n, s in self.stage.blueprint.state.items() if s.kind == "parameter"}
-                program = defer_weight_gradients(program, self._store, trained)
+                program = defer_weight_gradients(program, self._store, elements)
+            elif training:
+                program = defer_weight_gradients(program, self._at_once, elements, smallest=_LARGE_WEIGHT)
             self._programs[key] = program
         return self._programs[key]
