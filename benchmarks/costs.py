@@ -75,7 +75,7 @@ def main(names: list[str]) -> None:
         for schedule in ("gpipe", "1f1b"):
             plan = Balanced(schedule=schedule).plan(costs, devices, links, num_microbatches=_MICROBATCHES)
             plan = plan.model_copy(update={"fingerprint": graph.fingerprint})
-            found = _measure(model, graph, plan, inputs, schedule)
+            found = _measure(graph, plan, inputs, schedule)
             for stage, (planned, peak, busy_s) in enumerate(
                 zip(plan.stages, found["peaks"], found["busy_s"], strict=True)
             ):
@@ -110,18 +110,30 @@ def main(names: list[str]) -> None:
 
 
 def _workspace_bytes(graph: Any, planned: Any, microbatch_size: int) -> float:
-    """What a backward needs for a moment: one parameter's new gradient, and one call's gradients."""
-    state = {name for layer in graph.layers[planned.start : planned.stop] for name in layer.state}
-    largest = max(graph.state[name].num_bytes for name in state)
+    """What a backward needs for a moment: the gradients of one call's inputs and results."""
     calls = estimate_calls(graph.train, graph.state, microbatch_size)
     calls = calls[graph.train.cuts[planned.start] : graph.train.cuts[planned.stop]]
-    return largest + max(call.transient_bytes for call in calls)
+    return max(call.transient_bytes for call in calls)
 
 
-def _measure(model: nn.Module, graph: Any, plan: Any, inputs: torch.Tensor, schedule: str) -> dict[str, Any]:
+def _measure(graph: Any, plan: Any, inputs: torch.Tensor, schedule: str) -> dict[str, Any]:
     """Train a few steps in one process a stage."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system at once
     os.environ["OMP_NUM_THREADS"] = "1"
+    times = _run_stages(graph, plan, inputs, schedule)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = (
+        "65536"  # freed tensors go back to the system at once, which is slow
+    )
+    memory = _run_stages(graph, plan, inputs, schedule)
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
+    return {
+        "peaks": [peak for peak, _, _ in memory],
+        "busy_s": [busy_s for _, busy_s, _ in times],
+        "step_s": max(step_s for _, _, step_s in times),
+    }
+
+
+def _run_stages(graph: Any, plan: Any, inputs: torch.Tensor, schedule: str) -> list[tuple[int, float, float]]:
+    """One run of all stages' processes."""
     rendezvous = host_rendezvous("127.0.0.1")
     with ProcessPoolExecutor(plan.num_stages, mp_context=multiprocessing.get_context("spawn")) as pool:
         blueprints = draw_blueprints(graph, plan.cuts)
@@ -129,12 +141,7 @@ def _measure(model: nn.Module, graph: Any, plan: Any, inputs: torch.Tensor, sche
             pool.submit(_run_stage, blueprint, rendezvous.port, tuple(inputs.shape), inputs.dtype, schedule)
             for blueprint in blueprints
         ]
-        results = [run.result(timeout=300) for run in runs]
-    return {
-        "peaks": [peak for peak, _, _ in results],
-        "busy_s": [busy_s for _, busy_s, _ in results],
-        "step_s": max(step_s for _, _, step_s in results),
-    }
+        return [run.result(timeout=300) for run in runs]
 
 
 def _run_stage(

@@ -92,12 +92,13 @@ def _time_layer(
 ) -> LayerTime:
     """Run one layer; its results join `values`."""
     module, taken, made = _compile(mode, start, stop, device)
+    given = {*mode.state, *mode.inputs}
     backward_s: list[float] = []
     results: Sequence[Any] = ()
 
     def once() -> float:
         nonlocal results
-        inputs = [_leaf(values[node]) if node not in mode.state else values[node] for node in taken]
+        inputs = [_leaf(values[node]) if node not in given else values[node] for node in taken]
         begin_s = time.perf_counter()
         results = module(*inputs)
         forward_s = time.perf_counter() - begin_s
