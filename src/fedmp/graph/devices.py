@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
+from fedmp.graph.program_module import program_module
+
 __all__ = ["copy_node", "module_on", "on_device"]
 
 
@@ -30,11 +32,11 @@ def copy_node(
 
 def module_on(module: Any, device: torch.device | None) -> Any:
     """A graph that a node calls, with the tensors that it creates on `device`; anything else as it is."""
-    if device is None or not isinstance(module, fx.GraphModule):
+    if not isinstance(module, fx.GraphModule):
         return module
     new = fx.Graph()
     built: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         built[node] = copy_node(new, node, built.__getitem__, device)
     called = {str(node.target) for node in new.nodes if node.op in ("get_attr", "call_module")}
-    return fx.GraphModule({name: module_on(module.get_submodule(name), device) for name in called}, new)
+    return program_module({name: module_on(module.get_submodule(name), device) for name in called}, new)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fedmp.graph.program_module import program_module
 from fedmp.pipeline.deferred import DeferredConvolution, DeferredLinear, WeightGradients
 from fedmp.seeds import derive_seed
 from fedmp.stages import Program
@@ -190,4 +191,4 @@ def _with_modules(
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module") and node.target not in root:
             root[str(node.target)] = operator.attrgetter(str(node.target))(program.module)
-    return replace(program, module=fx.GraphModule(root, graph))
+    return replace(program, module=program_module(root, graph))

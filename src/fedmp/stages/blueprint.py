@@ -16,6 +16,7 @@ from torch.utils._pytree import TreeSpec
 from fedmp.graph.batch import in_batch, size_at
 from fedmp.graph.devices import copy_node, module_on
 from fedmp.graph.layer_graph import LayerGraph, LiveSet, ModeGraph, StateSpec, node_value
+from fedmp.graph.program_module import ProgramModule, program_module
 
 __all__ = ["Program", "StageBlueprint", "ValueSpec", "draw_blueprints"]
 
@@ -54,7 +55,7 @@ class Program:
         rules: conditions on the batch size under which the graph is right.
     """
 
-    module: fx.GraphModule
+    module: ProgramModule
     state: tuple[str, ...]
     inputs: tuple[ValueSpec, ...]
     outputs: tuple[ValueSpec, ...]
@@ -208,21 +209,13 @@ def _program(
     called = {str(node.target) for node in new.nodes if node.op in ("get_attr", "call_module")}
     gradients = _with_gradient(mode, graph)
     return Program(
-        module=_compiled({name: module_on(mode.submodules[name], device) for name in called}, new),
+        module=program_module({name: module_on(mode.submodules[name], device) for name in called}, new),
         state=tuple(mode.state[node] for node in state),
         inputs=_specs(before, gradients, mode, is_permuted=start > 0),
         outputs=() if is_last else _specs(after, gradients, mode, is_permuted=True),
         out_spec=mode.out_spec,
         rules=mode.rules,
     )
-
-
-def _compiled(root: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
-    module = fx.GraphModule(root, graph)
-    for name, child in root.items():  # GraphModule sets the training flag of what it is given
-        if child.training != module.get_submodule(name).training:
-            module.get_submodule(name).train(child.training)
-    return module
 
 
 def _memory_order(node: fx.Node, mode: ModeGraph) -> tuple[int, ...] | None:
