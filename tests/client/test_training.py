@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedmp.client import LocalWork, StageTrainer
+from fedmp.client import LocalTrainer, LocalWork
 from fedmp.data import Dataset
 from fedmp.errors import TrainingError
 from fedmp.graph import trace
@@ -59,11 +59,11 @@ LINEAR = nn.Linear(2, 1)
 BLUEPRINT = draw_blueprints(trace(LINEAR, (torch.zeros(3, 2),)), [], device=torch.device("cpu"))[0]
 
 
-def trainer(task: Task, work: LocalWork, num_samples: int, client: str = "c0") -> StageTrainer:
+def trainer(task: Task, work: LocalWork, num_samples: int, client: str = "c0") -> LocalTrainer:
     stage = Stage(BLUEPRINT).materialize("cpu")
     stage.load_state(LINEAR.state_dict())
     dataset = Dataset(torch.zeros(num_samples, 2), torch.arange(num_samples))
-    return StageTrainer(
+    return LocalTrainer(
         StageRunner(stage, task), work, client=client, dataset=dataset, num_samples=num_samples
     )
 

@@ -155,7 +155,7 @@ def test_the_devices_hold_only_the_part_of_the_data_that_their_stage_needs() -> 
     from fedmp.engine.prepare import prepare
 
     setup = prepare(tiny_job(topology=topology(3), data=images(20))).clients["c0"]
-    parts = [_part_of(setup, blueprint) for blueprint in setup.blueprints]
+    parts = [_part_of(setup, stages) for stages in setup.plan.placement]
     assert parts[0].inputs is not None
     assert parts[0].targets is None
     assert parts[1] is None

@@ -184,7 +184,7 @@ def _journal_of_all_zeros(folder: Path) -> None:
     report = {"report": DeviceReport(num_examples=45).model_dump_json()}
     for member in _members(prepared).values():
         zeros = {n: torch.zeros(prepared.graph.state[n].shape) for n in member.pushed}
-        save_file(zeros, journal / f"{member.client}.{member.stage}.safetensors", metadata=report)
+        save_file(zeros, journal / f"{member.client}.{member.rank}.safetensors", metadata=report)
 
 
 def test_checkpoints_keep_the_two_newest_rounds(tmp_path: Path) -> None:

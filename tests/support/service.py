@@ -47,8 +47,8 @@ def members() -> dict[str, Member]:
         f"{client}{stage}": Member(
             client=client,
             device=f"d{stage}",
-            stage=stage,
-            num_stages=2,
+            rank=stage,
+            stages=(stage,),
             pulled=names,
             pushed=names,
             stage_key=f"stage{stage}",

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from fedmp.client.device import DeviceSpec, run_device
 from fedmp.client.federation import Federation, HttpFederation
-from fedmp.client.training import LocalWork, StageTrainer
+from fedmp.client.training import LocalTrainer, LocalWork
 
-__all__ = ["DeviceSpec", "Federation", "HttpFederation", "LocalWork", "StageTrainer", "run_device"]
+__all__ = ["DeviceSpec", "Federation", "HttpFederation", "LocalTrainer", "LocalWork", "run_device"]

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from fedmp.client.federation import Federation, HttpFederation
-from fedmp.client.training import LocalWork, StageTrainer, throttled
+from fedmp.client.training import LocalTrainer, LocalWork, throttled
 from fedmp.data import Dataset
 from fedmp.errors import DeadlineError, FederationError, FedmpError, RefusedError
 from fedmp.pipeline import (
     BatchResult,
+    DeviceRunner,
     DistributedTransport,
-    StageRunner,
+    RunnerOptions,
     host_rendezvous,
     join_rendezvous,
 )
@@ -40,12 +41,15 @@ class DeviceSpec:
     Attributes:
         url, token: of the coordinator, and this device's credential.
         client, device: names in the topology.
-        blueprint: of its stage.
-        dataset: the part of the client's data that the stage needs: inputs for the first, targets for
+        rank: its number among the client's devices.
+        placement: the stages of each of the client's devices.
+        blueprints: of its own stages, in ascending order.
+        dataset: the part of the client's data that its stages need: inputs for the first, targets for
             the last, None between.
         num_samples: of the client.
         task: the loss.
         work: what to do in a round.
+        options: how to run the stages.
         keep_statistics_local: keep buffers between rounds and do not send them.
         record_timeline: measure the actions of one step in the first round.
         host: address at which the client's devices reach each other.
@@ -59,11 +63,14 @@ class DeviceSpec:
     token: str
     client: str
     device: str
-    blueprint: StageBlueprint
+    rank: int
+    placement: tuple[tuple[int, ...], ...]
+    blueprints: tuple[StageBlueprint, ...]
     dataset: Dataset | None
     num_samples: int
     task: Task
     work: LocalWork
+    options: RunnerOptions = field(default_factory=RunnerOptions)
     keep_statistics_local: bool = False
     record_timeline: bool = False
     host: str = "127.0.0.1"
@@ -99,24 +106,25 @@ class _CurrentRound:
 
 
 class _Device:
-    """A device at work: its stage, its pipeline, its data."""
+    """A device at work: its stages, its pipeline, its data."""
 
     def __init__(self, spec: DeviceSpec, federation: Federation, current: _CurrentRound) -> None:
         self._spec = spec
         self._federation = federation
         self._current = current
         self._transport = _join_pipeline(spec, federation)
-        self._stage = Stage(spec.blueprint).materialize(spec.torch_device)
-        self._pushed = tuple(
-            name
-            for name in trained_names(
-                spec.blueprint.state.values(), with_buffers=not spec.keep_statistics_local
-            )
-            if name in spec.blueprint.owned
-        )
+        self._stages = [Stage(blueprint).materialize(spec.torch_device) for blueprint in spec.blueprints]
         self._timeline: list[TimedAction] = []
-        self._runner = StageRunner(self._stage, spec.task, self._transport, device_name=spec.device)
-        self._trainer = StageTrainer(
+        self._runner = DeviceRunner(
+            self._stages,
+            spec.task,
+            self._transport,
+            device=spec.rank,
+            placement=spec.placement,
+            options=spec.options,
+            device_name=spec.device,
+        )
+        self._trainer = LocalTrainer(
             self._runner,
             spec.work,
             client=spec.client,
@@ -141,9 +149,7 @@ class _Device:
         evaluation = self._trainer.evaluate(round=round) if self._spec.work.evaluate_first else BatchResult()
         started_s = time.monotonic()
         result = self._trainer.train(round=round, on_step=self._step_watcher(round))
-        names = self._pushed
-        after = dict(zip(names, self._stage.state_tensors(names), strict=True))
-        update = difference({name: tensor.detach().cpu() for name, tensor in after.items()}, before)
+        update = difference(self._trained(), before)
         report = DeviceReport(
             num_examples=self._spec.work.num_examples(self._spec.num_samples),
             loss_sum=result.loss_sum,
@@ -169,17 +175,30 @@ class _Device:
             # an acknowledgement got lost and the round has closed since: its update was in
 
     def _pull(self, round: int) -> dict[str, torch.Tensor]:
-        """Load the round's global stage; buffers that are kept local stay after the first round."""
+        """Load the round's global stages; buffers that are kept local stay after the first round."""
         before = self._federation.pull(round)
-        loaded = dict(before)
-        if self._spec.keep_statistics_local and round > 1 and self._trained_before:
-            kept = [n for n, spec in self._spec.blueprint.state.items() if spec.kind == "buffer"]
-            loaded.update(zip(kept, self._stage.state_tensors(kept), strict=True))
+        keeps = self._spec.keep_statistics_local and round > 1 and self._trained_before
+        for stage in self._stages:
+            state = stage.blueprint.state
+            loaded = {name: before[name] for name in state}
+            if keeps:
+                kept = [name for name, spec in state.items() if spec.kind == "buffer"]
+                loaded.update(zip(kept, stage.state_tensors(kept), strict=True))
+            stage.load_state(loaded)
         self._trained_before = True
-        self._stage.load_state(loaded)
         return before
 
     _trained_before = False
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """What local training changed, each tensor from the stage that owns it."""
+        trained: dict[str, torch.Tensor] = {}
+        for stage in self._stages:
+            owned = stage.owned_state()
+            specs = [stage.blueprint.state[name] for name in owned]
+            names = trained_names(specs, with_buffers=not self._spec.keep_statistics_local)
+            trained.update({name: owned[name].cpu() for name in names})
+        return trained
 
     def _step_watcher(self, round: int) -> Callable[[int, int, BatchResult], None]:
         """After each step: report progress now and then, and time the actions of one step."""
@@ -195,7 +214,7 @@ class _Device:
 
         def watch(step: int, samples_done: int, sums: BatchResult) -> None:
             self._runner.observe = self._timeline.append if wanted and step + 1 == timed_step else None
-            if spec.blueprint.is_last:
+            if spec.blueprints[-1].is_last:
                 loss = sums.loss_sum / max(sums.weight, 1e-12)
                 latest[:] = [
                     ProgressReport(round=round, samples_done=samples_done, samples_total=total, loss=loss)
@@ -207,14 +226,13 @@ class _Device:
 
 def _join_pipeline(spec: DeviceSpec, federation: Federation) -> DistributedTransport | None:
     """Meet the client's other devices; its first device hosts the rendezvous."""
-    stages = spec.blueprint.num_stages
-    if stages == 1:
+    if len(spec.placement) == 1:
         return None
     if spec.host in ("127.0.0.1", "::1", "localhost"):
         loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
         if loopback is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    if spec.blueprint.is_first:
+    if spec.rank == 0:
         rendezvous = host_rendezvous(spec.host, timeout_s=spec.timeout_s)
         address = Address(host=spec.host, port=rendezvous.port, secret=os.urandom(16).hex())
         federation.publish_address(address)
@@ -223,12 +241,13 @@ def _join_pipeline(spec: DeviceSpec, federation: Federation) -> DistributedTrans
         rendezvous = join_rendezvous(address.host, address.port, timeout_s=spec.timeout_s)
     return DistributedTransport(
         rendezvous,
-        rank=spec.blueprint.index,
-        world_size=stages,
+        rank=spec.rank,
+        world_size=len(spec.placement),
         prefix=f"fedmp/{spec.client}/{address.secret}",
         device=spec.torch_device,
         backend=spec.backend,
         timeout_s=spec.timeout_s,
+        names=[_stages_text(own) for own in spec.placement],
     )
 
 
@@ -247,9 +266,15 @@ def _find_address(spec: DeviceSpec, federation: Federation) -> Address:
 
 def _give_up(federation: HttpFederation, spec: DeviceSpec, round: int, kind: str, message: str) -> int:
     if kind != "TrainingError":
-        message = f"device {spec.device} of {spec.client} (stage {spec.blueprint.index}): {message}"
+        message = (
+            f"device {spec.device} of {spec.client} ({_stages_text(spec.placement[spec.rank])}): {message}"
+        )
     try:
         federation.fail(FailureReport(kind=kind, message=message, round=round))
     except FederationError:
         print(f"fedmp device: {message}", flush=True)
     return 1
+
+
+def _stages_text(stages: Sequence[int]) -> str:
+    return f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"

@@ -1,4 +1,4 @@
-"""Local training of one stage: the same batches in the same order on each device of the client."""
+"""Local training of a device's stages: the same batches in the same order on each device of the client."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from fedmp.data import Dataset
 from fedmp.errors import TrainingError
 from fedmp.learning_rate import Constant, LearningRate
-from fedmp.pipeline import BatchResult, MicroBatches, StageRunner, microbatch_sizes
-from fedmp.schedule import Schedule
+from fedmp.pipeline import BatchResult, DeviceRunner, MicroBatches, microbatch_sizes
+from fedmp.schedule import PlacedSchedule, Schedule
 from fedmp.seeds import derive_seed
 
-__all__ = ["LocalWork", "StageTrainer"]
+__all__ = ["LocalTrainer", "LocalWork"]
 
 OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 _EVALUATION_BATCHES = 4
@@ -40,7 +40,7 @@ class LocalWork:
     """
 
     optimizer: OptimizerFactory
-    schedule: Schedule
+    schedule: Schedule | PlacedSchedule
     batch_size: int
     num_microbatches: int
     local_epochs: int
@@ -64,45 +64,46 @@ class LocalWork:
         return passes * num_samples + min(rest * self.batch_size, num_samples)
 
 
-class StageTrainer:
-    """Runs a client's local work on one stage.
+class LocalTrainer:
+    """Runs a client's local work on the stages of one of its devices.
 
     Args:
-        runner: of this stage.
+        runner: of these stages.
         work: what to do.
         client: the client's name, which seeds the order of its batches.
-        dataset: the client's data; a stage in the middle needs no tensors of it.
+        dataset: the client's data; stages in the middle need no tensors of it.
         num_samples: of the client.
     """
 
     def __init__(
-        self, runner: StageRunner, work: LocalWork, *, client: str, dataset: Dataset | None, num_samples: int
+        self, runner: DeviceRunner, work: LocalWork, *, client: str, dataset: Dataset | None, num_samples: int
     ) -> None:
         self._runner = runner
         self._work = work
         self._client = client
         self._dataset = dataset
         self._num_samples = num_samples
-        blueprint = runner.stage.blueprint
-        self._needs_inputs, self._needs_targets = blueprint.is_first, blueprint.is_last
+        blueprints = [stage.blueprint for stage in runner.stages]
+        self._indices = ", ".join(str(blueprint.index) for blueprint in blueprints)
+        self._needs_inputs, self._needs_targets = blueprints[0].is_first, blueprints[-1].is_last
 
     def train(
         self, *, round: int, on_step: Callable[[int, int, BatchResult], None] = lambda *_: None
     ) -> BatchResult:
-        """Train for one round from the stage's present weights.
+        """Train for one round from the present weights.
 
         Args:
             round: seeds the order of the batches.
             on_step: called after each step with its number, the samples done so far, and the sums so far.
 
         Returns:
-            Sums over the round; known on the last stage alone.
+            Sums over the round; known on the device of the last stage alone.
 
         Raises:
             TrainingError: the loss is not finite, or the weights are not in the end.
             PipelineError: another device of the client is gone.
         """
-        parameters = [p for p in self._runner.stage.parameters() if p.requires_grad]
+        parameters = [p for stage in self._runner.stages for p in stage.parameters() if p.requires_grad]
         optimizer = self._work.optimizer(parameters) if parameters else None
         # the same dropout whatever engine runs the client, however its model is cut
         self._runner.seed = derive_seed(self._work.seed, "noise", self._client)
@@ -139,7 +140,7 @@ class StageTrainer:
         return total
 
     def batch(self, indices: torch.Tensor) -> MicroBatches:
-        """This stage's part of a batch of the client's samples."""
+        """This device's part of a batch of the client's samples."""
         sizes = microbatch_sizes(len(indices), self._work.num_microbatches)
         parts = indices.split(sizes)
         inputs = targets = None
@@ -166,20 +167,20 @@ class StageTrainer:
     def _check(self, result: BatchResult, round: int, step: int) -> None:
         if not math.isfinite(result.loss_sum):
             raise TrainingError(
-                f"the loss is {result.loss_sum} at client {self._client}, stage "
-                f"{self._runner.stage.blueprint.index}, round {round}, step {step}; lower the learning rate "
-                f"(optimizer.lr) or check the client's data"
+                f"the loss is {result.loss_sum} at client {self._client}, stage {self._indices}, round {round}, "
+                f"step {step}; lower the learning rate (optimizer.lr) or check the client's data"
             )
 
     def _check_weights(self, round: int) -> None:
         """The last step's update is seen by no loss of this round."""
-        stage = self._runner.stage
-        for name, tensor in stage.owned_state().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise TrainingError(
-                    f"{name} is not finite any more at client {self._client}, stage {stage.blueprint.index}, "
-                    f"after round {round}; lower the learning rate (optimizer.lr) or check the client's data"
-                )
+        for stage in self._runner.stages:
+            for name, tensor in stage.owned_state().items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise TrainingError(
+                        f"{name} is not finite any more at client {self._client}, stage "
+                        f"{stage.blueprint.index}, after round {round}; lower the learning rate "
+                        f"(optimizer.lr) or check the client's data"
+                    )
 
 
 def throttled(call: Callable[[], None], interval_s: float) -> Callable[[], None]:

@@ -38,17 +38,18 @@ class Member:
 
     Attributes:
         client, device: names in the topology.
-        stage, num_stages: its place in the client's plan.
+        rank: its number among the client's devices.
+        stages: of the client's plan, that it runs.
         pulled: tensors that it pulls each round.
         pushed: tensors that it must push.
-        stage_key: equal for stages of the same tensors, whoever runs them.
+        stage_key: equal for devices that pull the same tensors.
         max_update_bytes: longest body that it may push.
     """
 
     client: str
     device: str
-    stage: int
-    num_stages: int
+    rank: int
+    stages: tuple[int, ...]
     pulled: tuple[str, ...]
     pushed: tuple[str, ...]
     stage_key: str
@@ -80,7 +81,7 @@ class Board:
     # called by the round loop
 
     def open_round(self, round: int, cohort: Sequence[str], reported: Sequence[tuple[str, int]] = ()) -> None:
-        """Let the cohort begin; `reported` stages are in the journal already."""
+        """Let the cohort begin; updates of `reported` ranks are in the journal already."""
         with self._changed:
             self._cohort = tuple(cohort)
             self._reported = set(reported)
@@ -101,7 +102,7 @@ class Board:
             self._notify()
 
     def wait_for_cohort(self, *, timeout_s: float) -> bool:
-        """Wait until every stage of the cohort has reported, or something fails.
+        """Wait until every device of the cohort has reported, or something fails.
 
         Args:
             timeout_s: return False after so long.
@@ -124,15 +125,16 @@ class Board:
     def missing(self) -> dict[str, list[int]]:
         """Stages of the cohort that have not reported, by client."""
         with self._changed:
-            missing: dict[str, list[int]] = {}
-            for client, stage in sorted(self._missing()):
-                missing.setdefault(client, []).append(stage)
-            return missing
+            absent, missing = self._missing(), dict[str, list[int]]()
+            for member in self.members.values():
+                if (member.client, member.rank) in absent:
+                    missing.setdefault(member.client, []).extend(member.stages)
+            return {client: sorted(missing[client]) for client in sorted(missing)}
 
     def pushed_by(self, client: str) -> list[tuple[str, ...]]:
-        """The tensors that each stage of a client pushes, in stage order."""
+        """The tensors that each device of a client pushes, in order of rank."""
         members = [member for member in self.members.values() if member.client == client]
-        return [member.pushed for member in sorted(members, key=lambda member: member.stage)]
+        return [member.pushed for member in sorted(members, key=lambda member: member.rank)]
 
     def progress(self) -> dict[str, ProgressReport]:
         """The newest progress of each client in the open round."""
@@ -155,7 +157,7 @@ class Board:
             round = self._instruction.round
             if member.client not in self._cohort:
                 return Instruction(kind="wait", round=round, reason="not in this round's cohort")
-            if (member.client, member.stage) in self._reported:
+            if (member.client, member.rank) in self._reported:
                 return Instruction(kind="wait", round=round, reason="this round's update is in")
             return self._instruction
 
@@ -174,9 +176,9 @@ class Board:
             self._last_heard_s[member.client] = time.monotonic()
 
     def reported(self, member: Member, num_bytes: int) -> None:
-        """A stage's update is in the journal."""
+        """A device's update is in the journal."""
         with self._changed:
-            self._reported.add((member.client, member.stage))
+            self._reported.add((member.client, member.rank))
             self.bytes_up += num_bytes
             self._notify()
 
@@ -222,7 +224,7 @@ class Board:
 
     def _missing(self) -> set[tuple[str, int]]:
         return {
-            (member.client, member.stage) for member in self.members.values() if member.client in self._cohort
+            (member.client, member.rank) for member in self.members.values() if member.client in self._cohort
         } - self._reported
 
 

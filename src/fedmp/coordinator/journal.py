@@ -1,6 +1,6 @@
 """The journal of a round: every update is a checked safetensors file before it is acknowledged.
 
-Uploads arrive in any order, one stage at a time. A client counts once all stages of its plan are there.
+Uploads arrive in any order, one device at a time. A client counts once all of its devices' are there.
 The files are mapped, not read, so aggregation needs memory for about one tensor.
 """
 
@@ -62,17 +62,17 @@ class Journal:
         self._round = 0
         shutil.rmtree(folder, ignore_errors=True)
 
-    def whole_clients(self, stages: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
-        """Clients whose every stage is in the journal; stages of others are thrown away.
+    def whole_clients(self, pushed: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
+        """Clients whose every device's update is in the journal; those of others are thrown away.
 
         What lies there was written by an earlier process, perhaps for another plan, so it is checked anew.
 
         Args:
-            stages: the tensors that each stage of each client's plan must hold.
+            pushed: the tensors that each device of each client must have pushed, in order of rank.
         """
         whole = []
-        for client, names in stages.items():
-            if all(self._is_sound(client, stage, wanted) for stage, wanted in enumerate(names)):
+        for client, names in pushed.items():
+            if all(self._is_sound(client, rank, wanted) for rank, wanted in enumerate(names)):
                 whole.append(client)
             else:
                 for path in self._round_folder().glob(f"{client}.*.safetensors"):
@@ -92,16 +92,16 @@ class Journal:
             _write_atomically(path, lambda part: save_file({name: state[name] for name in names}, part))
         return path
 
-    def temporary(self, client: str, stage: int) -> Path:
+    def temporary(self, client: str, rank: int) -> Path:
         """Where to stream an upload before it is checked; another place each time."""
-        return self._round_folder() / f".{client}.{stage}.{uuid.uuid4().hex}.part"
+        return self._round_folder() / f".{client}.{rank}.{uuid.uuid4().hex}.part"
 
-    def accept(self, part: Path, client: str, stage: int, names: Sequence[str]) -> DeviceReport:
+    def accept(self, part: Path, client: str, rank: int, names: Sequence[str]) -> DeviceReport:
         """Check a streamed upload and take it into the journal.
 
         Args:
             part: the streamed file.
-            client, stage: whose it is.
+            client, rank: whose it is.
             names: the tensors that it must hold, no more and no less.
 
         Raises:
@@ -109,21 +109,21 @@ class Journal:
                 right names, shapes and dtypes, or no valid report.
         """
         report = self._read(part, names)
-        os.replace(part, self._path(client, stage))
+        os.replace(part, self._path(client, rank))
         return report
 
-    def has(self, client: str, stage: int) -> bool:
-        """Whether this stage's update is in the journal."""
-        return self._path(client, stage).exists()
+    def has(self, client: str, rank: int) -> bool:
+        """Whether this device's update is in the journal."""
+        return self._path(client, rank).exists()
 
-    def update_of(self, client: str, num_stages: int) -> ClientUpdate | None:
-        """A client's whole update; None while a stage is missing."""
-        paths = [self._path(client, stage) for stage in range(num_stages)]
+    def update_of(self, client: str, num_devices: int) -> ClientUpdate | None:
+        """A client's whole update; None while a device's is missing."""
+        paths = [self._path(client, rank) for rank in range(num_devices)]
         return ClientUpdate(paths) if all(path.exists() for path in paths) else None
 
-    def _is_sound(self, client: str, stage: int, names: Sequence[str]) -> bool:
+    def _is_sound(self, client: str, rank: int, names: Sequence[str]) -> bool:
         try:
-            self._read(self._path(client, stage), names)
+            self._read(self._path(client, rank), names)
         except (RefusedError, OSError):
             return False
         return True
@@ -148,7 +148,7 @@ class Journal:
         if got != set(names):
             missing, unknown = sorted(set(names) - got)[:5], sorted(got - set(names))[:5]
             raise RefusedError(
-                f"an update of this stage has {len(names)} tensors; missing {missing}, unknown {unknown}",
+                f"an update of this device's stages has {len(names)} tensors; missing {missing}, unknown {unknown}",
                 status=422,
             )
         for name in names:
@@ -164,15 +164,15 @@ class Journal:
     def _round_folder(self) -> Path:
         return self._folder / f"round-{self._round:05d}"
 
-    def _path(self, client: str, stage: int) -> Path:
-        return self._round_folder() / f"{client}.{stage}.safetensors"
+    def _path(self, client: str, rank: int) -> Path:
+        return self._round_folder() / f"{client}.{rank}.safetensors"
 
 
 class ClientUpdate(Mapping[str, torch.Tensor]):
-    """One client's update over all its stages, read from the journal a tensor at a time.
+    """One client's update over all its devices, read from the journal a tensor at a time.
 
     Args:
-        paths: the journal files of its stages, in stage order.
+        paths: the journal files of its devices, in order of rank.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -182,7 +182,7 @@ class ClientUpdate(Mapping[str, torch.Tensor]):
 
     @property
     def num_examples(self) -> int:
-        """Samples that the client processed: the least of its stages."""
+        """Samples that the client processed: the least of its devices."""
         return min(report.num_examples for report in self.reports)
 
     def __getitem__(self, name: str) -> torch.Tensor:

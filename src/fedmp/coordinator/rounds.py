@@ -25,7 +25,7 @@ class RoundSettings:
     """What the round loop needs to know.
 
     Attributes:
-        num_stages: stages of each client's plan, by client, in client order.
+        num_devices: devices in each client's plan, by client, in client order.
         round_samples: samples that each client processes in one round.
         predicted_s: seconds that each client's round takes by its plan and links.
         first_round, last_round: rounds to run, both included.
@@ -34,7 +34,7 @@ class RoundSettings:
         fingerprint: of the model's graph, for the checkpoints.
     """
 
-    num_stages: Mapping[str, int]
+    num_devices: Mapping[str, int]
     round_samples: Mapping[str, int]
     predicted_s: Mapping[str, float]
     first_round: int
@@ -82,10 +82,10 @@ def run_rounds(
     for round in range(settings.first_round, settings.last_round + 1):
         started_s = time.monotonic()
         bytes_before = (board.bytes_up, board.bytes_down)
-        cohort = strategy.cohort(list(settings.num_stages), round=round, seed=settings.seed)
+        cohort = strategy.cohort(list(settings.num_devices), round=round, seed=settings.seed)
         journal.open(round)
         resumed = journal.whole_clients({client: board.pushed_by(client) for client in cohort})
-        board.open_round(round, cohort, [(c, s) for c in resumed for s in range(settings.num_stages[c])])
+        board.open_round(round, cohort, [(c, r) for c in resumed for r in range(settings.num_devices[c])])
         observe(RoundStarted(round, cohort, sum(settings.round_samples[client] for client in cohort)))
         _wait(board, cohort, settings.round_timeout_s, watch, observe)
         board.close_round()
@@ -115,13 +115,13 @@ def make_record(
     round: int, reports: Mapping[str, Sequence[DeviceReport]], evaluation: tuple[float, float | None]
 ) -> RoundRecord:
     """A round's row from its device reports and the new global model's loss and accuracy."""
-    every = [report for stages in reports.values() for report in stages]
+    every = [report for devices in reports.values() for report in devices]
     weight = sum(report.weight for report in every)
     evaluated = sum(report.evaluation_weight for report in every)
     return RoundRecord(
         round=round,
         clients=tuple(reports),
-        num_examples=sum(min(report.num_examples for report in stages) for stages in reports.values()),
+        num_examples=sum(min(report.num_examples for report in devices) for devices in reports.values()),
         train_loss=sum(report.loss_sum for report in every) / weight if weight else 0.0,
         test_loss=evaluation[0],
         test_accuracy=evaluation[1],
@@ -166,7 +166,7 @@ def _explain(board: Board, cohort: Sequence[str], timeout_s: float) -> str:
 
 
 def _update(journal: Journal, client: str, settings: RoundSettings) -> ClientUpdate:
-    update = journal.update_of(client, settings.num_stages[client])
+    update = journal.update_of(client, settings.num_devices[client])
     assert update is not None
     return update
 

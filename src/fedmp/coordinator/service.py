@@ -128,7 +128,7 @@ class CoordinatorService:
                 self._waiting.discard(news)
 
     async def pull(self, request: Request, round: int) -> FileResponse:
-        """The round's global stage of the asking device."""
+        """The round's global stages of the asking device."""
         member = self._member(request)
         self._check_round(round)
         async with self._writing:
@@ -144,14 +144,14 @@ class CoordinatorService:
         self._check_round(round)
         if not self._board.takes_part(member):
             raise RefusedError(f"client {member.client} is not in the cohort of round {round}", status=409)
-        part = self._journal.temporary(member.client, member.stage)
+        part = self._journal.temporary(member.client, member.rank)
         try:
             num_bytes = await _stream_to_file(request, part, member.max_update_bytes)
             async with self._taking[member]:  # a retry may arrive beside the upload that it repeats
                 self._check_round(round)
-                if not self._journal.has(member.client, member.stage):
+                if not self._journal.has(member.client, member.rank):
                     await run_in_threadpool(
-                        self._journal.accept, part, member.client, member.stage, member.pushed
+                        self._journal.accept, part, member.client, member.rank, member.pushed
                     )
                     self._board.reported(member, num_bytes)
         finally:
@@ -174,7 +174,7 @@ class CoordinatorService:
         """Note where a client's first device listens."""
         member = self._member(request)
         address = await _read_message(request, Address)
-        if member.stage != 0:
+        if member.rank != 0:
             raise RefusedError("only a client's first device publishes an address", status=403)
         self._board.publish_address(member, address)
 

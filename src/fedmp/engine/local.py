@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 from pydantic import Field
 
@@ -27,6 +26,7 @@ from fedmp.coordinator import (
     check_address,
     run_rounds,
 )
+from fedmp.data import Dataset
 from fedmp.engine.prepare import ClientSetup, Prepared
 from fedmp.engine.session import Outcome, Session, evaluator
 from fedmp.errors import FederationError
@@ -118,7 +118,7 @@ class LocalEngine(Component):
         prepared = session.prepared
         clients = prepared.clients
         return RoundSettings(
-            num_stages={name: setup.plan.num_stages for name, setup in clients.items()},
+            num_devices={name: setup.plan.num_devices for name, setup in clients.items()},
             round_samples={name: setup.round_samples for name, setup in clients.items()},
             predicted_s={name: setup.predicted_s for name, setup in clients.items()},
             first_round=session.first_round,
@@ -130,14 +130,15 @@ class LocalEngine(Component):
 
     def _spec(self, url: str, token: str, member: Member, prepared: Prepared) -> DeviceSpec:
         setup = prepared.clients[member.client]
-        blueprint = setup.blueprints[member.stage]
         return DeviceSpec(
             url=url,
             token=token,
             client=member.client,
             device=member.device,
-            blueprint=blueprint,
-            dataset=_part_of(setup, blueprint),
+            rank=member.rank,
+            placement=setup.plan.placement,
+            blueprints=tuple(setup.blueprints[stage] for stage in member.stages),
+            dataset=_part_of(setup, member.stages),
             num_samples=len(setup.dataset),
             task=prepared.job.task,
             work=prepared.work,
@@ -174,16 +175,15 @@ class _Processes:
             ):  # by a signal, which allows no last words
                 name = signal.Signals(-process.exitcode).name
                 raise FederationError(
-                    f"device {member.device} of {member.client} (stage {member.stage}) was killed by {name} (exit "
-                    f"code {process.exitcode}); if nobody did that, the machine ran out of memory: use fewer devices"
+                    f"{_describe(member)} was killed by {name} (exit code {process.exitcode}); if nobody did "
+                    f"that, the machine ran out of memory: use fewer devices"
                 )
         for member, process in self._running:
             if process.exitcode is not None:
                 self._died_s = self._died_s or time.monotonic()
                 if time.monotonic() - self._died_s > _GRACE_S:
                     raise FederationError(
-                        f"device {member.device} of {member.client} (stage {member.stage}) ended with exit "
-                        f"code {process.exitcode} before the job was over"
+                        f"{_describe(member)} ended with exit code {process.exitcode} before the job was over"
                     )
 
     def join(self) -> None:
@@ -217,35 +217,47 @@ def _end_with_parent() -> None:
 def _members(prepared: Prepared) -> dict[str, Member]:
     """Every device with a fresh credential."""
     members = {}
+    with_buffers = not prepared.job.strategy.keep_statistics_local
     for name, setup in prepared.clients.items():
-        for blueprint, stage in zip(setup.blueprints, setup.plan.stages, strict=True):
-            pulled = tuple(blueprint.state)
-            pushed = setup.pushed(blueprint, with_buffers=not prepared.job.strategy.keep_statistics_local)
+        for rank, (device, stages) in enumerate(zip(setup.plan.devices, setup.plan.placement, strict=True)):
+            blueprints = [setup.blueprints[stage] for stage in stages]
+            pulled = tuple(dict.fromkeys(key for blueprint in blueprints for key in blueprint.state))
             members[secrets.token_urlsafe(32)] = Member(
                 client=name,
-                device=stage.device,
-                stage=blueprint.index,
-                num_stages=blueprint.num_stages,
+                device=device,
+                rank=rank,
+                stages=stages,
                 pulled=pulled,
-                pushed=pushed,
+                pushed=tuple(
+                    name
+                    for blueprint in blueprints
+                    for name in setup.pushed(blueprint, with_buffers=with_buffers)
+                ),
                 stage_key=hashlib.sha256("\n".join(pulled).encode()).hexdigest()[:16],
-                max_update_bytes=_max_bytes(blueprint),
+                max_update_bytes=sum(_max_bytes(blueprint) for blueprint in blueprints) + (4 << 20),
             )
     return members
 
 
+def _describe(member: Member) -> str:
+    noun = "stages" if len(member.stages) > 1 else "stage"
+    return f"device {member.device} of {member.client} ({noun} {', '.join(map(str, member.stages))})"
+
+
 def _max_bytes(blueprint: StageBlueprint) -> int:
-    """The stage's tensors, and room for names, shapes and the report."""
-    return sum(spec.num_bytes + 1024 for spec in blueprint.state.values()) + (4 << 20)
+    """The stage's tensors, and room for names and shapes."""
+    return sum(spec.num_bytes + 1024 for spec in blueprint.state.values())
 
 
-def _part_of(setup: ClientSetup, blueprint: StageBlueprint) -> Any:
-    """The part of the client's data that a stage needs."""
-    if blueprint.is_first and blueprint.is_last:
+def _part_of(setup: ClientSetup, stages: Sequence[int]) -> Dataset | None:
+    """The part of the client's data that a device with these stages needs."""
+    blueprints = [setup.blueprints[stage] for stage in stages]
+    has_inputs, has_targets = blueprints[0].is_first, blueprints[-1].is_last
+    if has_inputs and has_targets:
         return setup.dataset
-    if blueprint.is_first:
+    if has_inputs:
         return setup.dataset.without_targets()
-    return setup.dataset.without_inputs() if blueprint.is_last else None
+    return setup.dataset.without_inputs() if has_targets else None
 
 
 def _from_zero(timeline: Sequence[TimedAction]) -> tuple[TimedAction, ...]:

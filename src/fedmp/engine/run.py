@@ -199,7 +199,7 @@ def _summary(
         engine=engine.name,
         rounds=len(records),
         clients=len(prepared.clients),
-        devices=sum(setup.plan.num_stages for setup in prepared.clients.values()),
+        devices=sum(setup.plan.num_devices for setup in prepared.clients.values()),
         num_parameters=sum(
             torch.Size(spec.shape).numel()
             for spec in prepared.graph.state.values()

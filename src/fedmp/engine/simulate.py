@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fedmp.client import StageTrainer
+from fedmp.client import LocalTrainer
 from fedmp.component import Component
 from fedmp.coordinator import Checkpoint
 from fedmp.coordinator.rounds import make_record
@@ -99,7 +99,7 @@ class _Simulation:
         work = self._prepared.work
         before = self._session.model.state
         self._stage.load_state({**before, **self._own_buffers.get(setup.name, {})})  # type: ignore[dict-item]
-        trainer = StageTrainer(
+        trainer = LocalTrainer(
             self._runner,
             work,
             client=setup.name,

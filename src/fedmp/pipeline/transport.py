@@ -7,6 +7,7 @@ has a deadline, because a peer that hangs would otherwise block for ever.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -40,7 +41,7 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """Messages between the stages of one client; ranks are stage indices."""
+    """Messages between the devices of one client."""
 
     generation: int
     device: torch.device
@@ -103,17 +104,18 @@ def join_rendezvous(host: str, port: int, *, timeout_s: float = 60.0) -> Rendezv
 
 
 class DistributedTransport:
-    """A process group of `torch.distributed`, one process a stage.
+    """A process group of `torch.distributed`, one process a device.
 
     Args:
         rendezvous: the client's store.
-        rank: this device's stage.
-        world_size: the client's stages.
+        rank: this device's number.
+        world_size: the client's devices.
         prefix: of this group's keys in the store; holds the generation's secret.
         generation: counted up each time the group is brought up.
         device: where the buffers live.
         backend: "gloo" or "nccl".
         timeout_s: deadline of one transfer.
+        names: what messages call each rank; None for "stage RANK".
     """
 
     def __init__(
@@ -127,8 +129,10 @@ class DistributedTransport:
         device: torch.device | str = "cpu",
         backend: str = "gloo",
         timeout_s: float = 60.0,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.generation = generation
+        self._names = names or [f"stage {peer}" for peer in range(world_size)]
         self.device = torch.device(device)
         self._timeout = timedelta(seconds=timeout_s)
         self._under_way: WeakSet[_Transfer] = WeakSet()
@@ -152,19 +156,19 @@ class DistributedTransport:
         self._group: dist.ProcessGroup | None = group
 
     def send(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
-        """Start to send a buffer to a stage."""
+        """Start to send a buffer to a device."""
         # the group's own method: `dist.isend` only adds checks, which cost as much as a small message
         try:
             return self._started(self._open_group.send([buffer], peer, tag), peer, "send to")
         except RuntimeError as error:
-            raise PipelineError(f"cannot send to stage {peer}: {_first_line(error)}") from error
+            raise PipelineError(f"cannot send to {self._names[peer]}: {_first_line(error)}") from error
 
     def receive(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
-        """Start to receive a buffer from a stage."""
+        """Start to receive a buffer from a device."""
         try:
             return self._started(self._open_group.recv([buffer], peer, tag), peer, "receive from")
         except RuntimeError as error:
-            raise PipelineError(f"cannot receive from stage {peer}: {_first_line(error)}") from error
+            raise PipelineError(f"cannot receive from {self._names[peer]}: {_first_line(error)}") from error
 
     def close(self) -> None:
         """Leave the group, whatever is under way. The devices that remain notice at their next wait."""
@@ -183,7 +187,7 @@ class DistributedTransport:
         return self._group
 
     def _started(self, work: dist.Work, peer: int, verb: str) -> Pending:
-        transfer = _Transfer(work, peer, verb, self._timeout)
+        transfer = _Transfer(work, self._names[peer], verb, self._timeout)
         self._under_way.add(transfer)
         return transfer
 
@@ -191,7 +195,7 @@ class DistributedTransport:
 class _Transfer:
     __slots__ = ("__weakref__", "_peer", "_timeout", "_verb", "_work")
 
-    def __init__(self, work: dist.Work, peer: int, verb: str, timeout: timedelta) -> None:
+    def __init__(self, work: dist.Work, peer: str, verb: str, timeout: timedelta) -> None:
         self._work: dist.Work | None = work
         self._peer = peer
         self._verb = verb
@@ -206,10 +210,10 @@ class _Transfer:
             reason = _first_line(error)
             if "timed out" in reason.lower() or "timeout" in reason.lower():
                 raise DeadlineError(
-                    f"stage {self._peer} was silent for {self._timeout.total_seconds():g} s "
+                    f"{self._peer} was silent for {self._timeout.total_seconds():g} s "
                     f"({self._verb} it did not finish)"
                 ) from error
-            raise PipelineError(f"lost stage {self._peer}: {reason}") from error
+            raise PipelineError(f"lost {self._peer}: {reason}") from error
 
     def abandon(self) -> None:
         """Let go of the connection."""

@@ -46,7 +46,8 @@ class Plan(BaseModel):
 
     Attributes:
         layer_names: every layer of the model, in order.
-        stages: the stages, in order; together they hold each layer exactly once.
+        stages: the stages, in order; together they hold each layer exactly once. A device's name may occur
+            several times: it runs all of these stages.
         partitioner, schedule: names of what made the plan and of the schedule it is for.
         num_microbatches, microbatch_size: how one batch is cut.
         step_s: predicted seconds of one optimizer step.
@@ -82,8 +83,26 @@ class Plan(BaseModel):
 
     @property
     def num_stages(self) -> int:
-        """Stages, which is also the number of devices in use."""
+        """Stages; a device may run several."""
         return len(self.stages)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the devices in use, in order of rank: that of their first stages."""
+        return tuple(dict.fromkeys(stage.device for stage in self.stages))
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in use."""
+        return len(self.devices)
+
+    @property
+    def placement(self) -> tuple[tuple[int, ...], ...]:
+        """The stages of each device in use, in order of rank; usually one."""
+        return tuple(
+            tuple(index for index, stage in enumerate(self.stages) if stage.device == device)
+            for device in self.devices
+        )
 
     @property
     def gap(self) -> float:
