@@ -12,11 +12,13 @@ from fedmp.partition.build import check_devices
 from fedmp.partition.coarse import coarse_positions
 from fedmp.partition.estimate import cost_model
 from fedmp.partition.lattice import fixed_order
+from fedmp.partition.placed import plan_placed, some_orders
 from fedmp.partition.problem import make_problem
 from fedmp.partition.remedy import infeasible
 from fedmp.partition.search import SCHEDULE_PATTERN, plan_of, search
 from fedmp.partition.space import Space, told_apart
 from fedmp.records import Plan, Profile
+from fedmp.schedule import placed_schedule_by_name
 from fedmp.topology import Device, Links
 
 __all__ = ["Balanced"]
@@ -33,7 +35,7 @@ class Balanced(Component):
     event simulator for the choices with the least bounds. The order is what `Exact` adds.
 
     Args:
-        schedule: "gpipe", "1f1b" or "1f1b-short".
+        schedule: "gpipe", "1f1b" or "1f1b-short"; "interleaved" or "v-shape", for which see `placed.py`.
         max_expansions: how many partial choices to look into beyond the dynamic program.
     """
 
@@ -58,6 +60,17 @@ class Balanced(Component):
         """
         check_devices(devices)
         costs = cost_model(profile, num_microbatches)
+        if placed_schedule_by_name(self.schedule) is not None:
+            orders, _ = some_orders(devices, in_order=True)
+            return plan_placed(
+                costs,
+                devices,
+                links,
+                self.schedule,
+                orders=orders,
+                is_every_order=False,
+                partitioner="balanced",
+            )
         lattice = fixed_order(range(len(devices)), told_apart(self.schedule, num_microbatches))
         few = coarse_positions(costs, math.isqrt(_MAX_CELLS // lattice.num_states))
         for positions in (few, costs.positions()):

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from fedmp.errors import InfeasibleError, PlanError
 from fedmp.partition.estimate import CostModel, cost_model, format_bytes
 from fedmp.partition.events import StageTimes, step_s
+from fedmp.partition.placed_events import Placed, place, simulate_placed
 from fedmp.records import Plan, Profile, StagePlan
-from fedmp.schedule import peak_in_flight, schedule_by_name
+from fedmp.schedule import peak_in_flight, placed_schedule_by_name, schedule_by_name
 from fedmp.topology import Device, Links
 
 __all__ = ["build_plan", "check_devices"]
@@ -34,11 +35,12 @@ def build_plan(
 
     Args:
         profile: what each layer costs.
-        devices_in_order: the device of the first stage, of the second, and so on.
-        cuts: the layers that start the second stage, the third, and so on; one fewer than devices.
+        devices_in_order: the device of the first stage, of the second, and so on. One may occur several
+            times, as the schedule places its stages.
+        cuts: the layers that start the second stage, the third, and so on; one fewer than stages.
         links: between the devices.
         num_microbatches: how many micro-batches one batch is cut into.
-        schedule: "gpipe", "1f1b" or "1f1b-short".
+        schedule: name of a built-in one.
         partitioner: name of what chose, for reports.
         bound_s: seconds that no plan can be faster than; 0 if unknown.
         unused_devices: names of devices that were left out, for reports.
@@ -56,18 +58,22 @@ def build_plan(
         >>> plan.stages[0].stop  # doctest: +SKIP
         3
     """
-    check_devices(devices_in_order)
+    placed = _placed(devices_in_order, schedule, num_microbatches)
+    if placed is None:
+        check_devices(devices_in_order)
     check_cuts(profile, cuts, len(devices_in_order))
     costs = cost_model(profile, num_microbatches)
-    actions = schedule_by_name(schedule).actions(len(devices_in_order), num_microbatches)
-    in_flight = [peak_in_flight(listed) for listed in actions]
+    in_flight = placed.in_flight if placed else _in_flight(schedule, len(devices_in_order), num_microbatches)
     edges = [0, *cuts, costs.num_layers]
     stages = [
         _stage_plan(costs, devices_in_order, edges, links, stage, in_flight[stage])
         for stage in range(len(devices_in_order))
     ]
     _check_memory(stages, costs.microbatch_size, schedule)
-    seconds = step_s(stage_times(stages), schedule, num_microbatches)
+    if placed:
+        seconds = simulate_placed(stage_times(stages), placed.actions, placed.placement)
+    else:
+        seconds = step_s(stage_times(stages), schedule, num_microbatches)
     return Plan(
         layer_names=tuple(layer.name for layer in profile.layers),
         stages=tuple(stages),
@@ -80,6 +86,27 @@ def build_plan(
         unused_devices=tuple(unused_devices),
         fingerprint=profile.fingerprint,
     )
+
+
+def _placed(devices: Sequence[Device], schedule: str, num_microbatches: int) -> Placed | None:
+    """The layout of a schedule that gives a device several stages; None for one that does not."""
+    if placed_schedule_by_name(schedule) is None:
+        return None
+    names = [device.name for device in devices]
+    used = list(dict.fromkeys(names))
+    placed = place(schedule, max(len(used), 1), num_microbatches)
+    expected = [used[device] for device in placed.device_of] if used else []
+    if not used or names != expected:
+        raise PlanError(
+            f"schedule {schedule!r} places its stages on {', '.join(expected) or 'at least one device'}, in this "
+            f"order, not on {', '.join(names) or 'none'}"
+        )
+    return placed
+
+
+def _in_flight(schedule: str, num_stages: int, num_microbatches: int) -> tuple[int, ...]:
+    actions = schedule_by_name(schedule).actions(num_stages, num_microbatches)
+    return tuple(peak_in_flight(listed) for listed in actions)
 
 
 def stage_times(stages: Sequence[StagePlan]) -> StageTimes[float]:
@@ -141,7 +168,7 @@ def _stage_plan(
 ) -> StagePlan:
     device, start, stop = devices[stage], edges[stage], edges[stage + 1]
     send, gradient = 0.0, 0.0
-    if stage + 1 < len(devices):
+    if stage + 1 < len(devices) and device.name != devices[stage + 1].name:
         link = links.between(device.name, devices[stage + 1].name)
         send, gradient = float(costs.send_s(stop, link)), float(costs.gradient_s(stop, link))
     parameter_bytes = costs.parameter_bytes(start, stop)
@@ -163,14 +190,17 @@ def _stage_plan(
 
 
 def _check_memory(stages: Sequence[StagePlan], microbatch_size: int, schedule: str) -> None:
-    for index, stage in enumerate(stages):
-        if stage.memory_bytes > stage.device_memory_bytes:
-            needed, limit = format_bytes(stage.memory_bytes), format_bytes(stage.device_memory_bytes)
+    for device in dict.fromkeys(stage.device for stage in stages):
+        own = [index for index, stage in enumerate(stages) if stage.device == device]
+        needed_bytes = sum(stages[index].memory_bytes for index in own)
+        limit_bytes = stages[own[0]].device_memory_bytes
+        if needed_bytes > limit_bytes:
+            needed, limit = format_bytes(needed_bytes), format_bytes(limit_bytes)
             if needed == limit:
-                needed, limit = f"{stage.memory_bytes:,} B", f"{stage.device_memory_bytes:,} B"
+                needed, limit = f"{needed_bytes:,} B", f"{limit_bytes:,} B"
+            who = f"stage {own[0]} needs" if len(own) == 1 else f"stages {', '.join(map(str, own))} need"
             raise InfeasibleError(
-                f"stage {index} needs {needed} but device {stage.device!r} has {limit}; "
-                f"{_way_out(microbatch_size, schedule)}"
+                f"{who} {needed} but device {device!r} has {limit}; {_way_out(microbatch_size, schedule)}"
             )
 
 

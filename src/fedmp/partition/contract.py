@@ -12,6 +12,7 @@ from fedmp.errors import PlanError
 from fedmp.partition.build import build_plan
 from fedmp.partition.partitioner import Partitioner
 from fedmp.records import LayerProfile, Plan, Profile
+from fedmp.schedule import placed_schedule_by_name
 from fedmp.topology import Device, Link, Links
 
 __all__ = ["Case", "check_partitioner", "contract_cases"]
@@ -38,10 +39,11 @@ class Case:
 def check_partitioner(partitioner: Partitioner, cases: Sequence[Case] | None = None) -> None:
     """Run a partitioner over problems of many kinds and check all that fedmp relies on.
 
-    Each layer is in one stage; cuts are where they are allowed; devices are known and used once, and the
-    others are named as unused; every stage fits its device's memory; the predicted times are those of
-    `build_plan`; the same input gives the same plan; and the plan survives JSON. Where nothing fits, or
-    the model is too small for the partitioner, it must raise `PlanError` (or `InfeasibleError`).
+    Each layer is in one stage; cuts are where they are allowed; devices are known and have the stages that
+    the schedule gives them, and the others are named as unused; every device's stages fit its memory; the
+    predicted times are those of `build_plan`; the same input gives the same plan; and the plan survives
+    JSON. Where nothing fits, or the model is too small for the partitioner, it must raise `PlanError` (or
+    `InfeasibleError`).
 
     Args:
         partitioner: any object with a `plan` method.
@@ -153,14 +155,21 @@ def _check_layers(plan: Plan, case: Case) -> None:
 
 
 def _check_devices(plan: Plan, case: Case) -> None:
-    used, known = [stage.device for stage in plan.stages], [device.name for device in case.devices]
+    used, known = list(plan.devices), [device.name for device in case.devices]
     assert set(used) <= set(known), f"{case.name}: unknown devices {sorted(set(used) - set(known))}"
-    assert len(used) == len(set(used)), f"{case.name}: a device has two stages: {used}"
+    placed = placed_schedule_by_name(plan.schedule)
+    expected = tuple((i,) for i in range(len(used))) if placed is None else placed.placement(len(used))
+    assert plan.placement == expected, (
+        f"{case.name}: the schedule {plan.schedule!r} places stages {expected} on its devices, not {plan.placement}"
+    )
     unused = set(known) - set(used)
     assert set(plan.unused_devices) == unused, f"{case.name}: give build_plan unused_devices={sorted(unused)}"
-    for index, stage in enumerate(plan.stages):
-        limit = next(int(device.memory_bytes) for device in case.devices if device.name == stage.device)
-        assert stage.memory_bytes <= limit, f"{case.name}: stage {index} does not fit; raise InfeasibleError"
+    for name, stages in zip(used, plan.placement, strict=True):
+        limit = next(int(device.memory_bytes) for device in case.devices if device.name == name)
+        needed = sum(plan.stages[index].memory_bytes for index in stages)
+        assert needed <= limit, (
+            f"{case.name}: stage {', '.join(map(str, stages))} does not fit; raise InfeasibleError"
+        )
 
 
 def _check_predictions(plan: Plan, case: Case) -> None:

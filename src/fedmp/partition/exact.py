@@ -15,12 +15,14 @@ from fedmp.partition.coarse import coarse_positions
 from fedmp.partition.estimate import CostModel, cost_model
 from fedmp.partition.lattice import any_order, count_any_order
 from fedmp.partition.neighbourhood import search_few_orders, search_nearby
+from fedmp.partition.placed import plan_placed, some_orders
 from fedmp.partition.problem import Problem, make_problem
 from fedmp.partition.remedy import infeasible
 from fedmp.partition.search import SCHEDULE_PATTERN, plan_of, search
 from fedmp.partition.space import Found, Space, told_apart
 from fedmp.partition.window import window_lattice
 from fedmp.records import Plan, Profile
+from fedmp.schedule import placed_schedule_by_name
 from fedmp.topology import Device, Links
 
 __all__ = ["Exact"]
@@ -47,8 +49,12 @@ class Exact(Component):
     cuts are taken from fewer places, or a neighbourhood search (`neighbourhood.py`) replaces the exact
     one: the plan is good, but the bound is then that of `bound.py`, and loose.
 
+    Under "interleaved" and "v-shape" every choice is tried where there are few: four devices or fewer, and
+    so few places to cut that they can be chosen in 20,000 ways. Else the search is local (`placed.py`), and
+    `plan.gap` is loose.
+
     Args:
-        schedule: "gpipe", "1f1b" or "1f1b-short".
+        schedule: "gpipe", "1f1b", "1f1b-short", "interleaved" or "v-shape".
         max_expansions: partial choices to extend at most, for each schedule, before the proof is given up.
         max_cells: lattice states times pairs of places to cut, in one dynamic program.
     """
@@ -74,6 +80,17 @@ class Exact(Component):
         """
         check_devices(devices)
         costs = cost_model(profile, num_microbatches)
+        if placed_schedule_by_name(self.schedule) is not None:
+            orders, is_every_order = some_orders(devices, in_order=False)
+            return plan_placed(
+                costs,
+                devices,
+                links,
+                self.schedule,
+                orders=orders,
+                is_every_order=is_every_order,
+                partitioner="exact",
+            )
         problem = make_problem(costs, devices, links)
         num_states = int(count_any_order([len(kind) for kind in problem.kinds])[-1])
         num_positions = math.isqrt(self.max_cells // num_states)

@@ -11,8 +11,11 @@ from fedmp.errors import PlanError
 from fedmp.partition.bound import step_bound_s
 from fedmp.partition.build import build_plan, check_devices
 from fedmp.partition.estimate import cost_model
+from fedmp.partition.placed import step_bound_placed_s
+from fedmp.partition.placed_events import place
 from fedmp.partition.search import SCHEDULE_PATTERN
 from fedmp.records import Plan, Profile
+from fedmp.schedule import placed_schedule_by_name
 from fedmp.topology import Device, Links
 
 __all__ = ["Uniform"]
@@ -24,7 +27,8 @@ class Uniform(Component):
     Where a cut is forbidden, the nearest allowed one is taken.
 
     Args:
-        schedule: "gpipe", "1f1b" or "1f1b-short".
+        schedule: name of a built-in one, such as "1f1b"; under "interleaved" and "v-shape" every device
+            gets several runs.
     """
 
     schedule: str = Field(default="1f1b", pattern=SCHEDULE_PATTERN)
@@ -43,15 +47,21 @@ class Uniform(Component):
         """
         check_devices(devices)
         costs = cost_model(profile, num_microbatches)
+        stages_on = list(devices)
+        if placed_schedule_by_name(self.schedule) is None:
+            bound_s = step_bound_s(costs, devices, links, self.schedule)
+        else:
+            stages_on = [devices[d] for d in place(self.schedule, len(devices), num_microbatches).device_of]
+            bound_s = step_bound_placed_s(costs, devices)
         return build_plan(
             profile,
-            devices,
-            _even_cuts(costs.positions(), len(devices)),
+            stages_on,
+            _even_cuts(costs.positions(), len(stages_on)),
             links,
             num_microbatches=num_microbatches,
             schedule=self.schedule,
             partitioner="uniform",
-            bound_s=step_bound_s(costs, devices, links, self.schedule),
+            bound_s=bound_s,
         )
 
 
