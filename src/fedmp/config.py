@@ -15,10 +15,11 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from fedmp.engine import Centralized, Engine, Job
 from fedmp.errors import ConfigError, FedmpError
+from fedmp.pipeline import PipelineSettings
 from fedmp.topology import Topology
 
 __all__ = ["CentralizedConfig", "RunConfig", "config_dir", "load_config"]
@@ -69,12 +70,16 @@ class RunConfig(BaseModel):
     rounds: PositiveInt
     batch_size: PositiveInt
     num_microbatches: PositiveInt
+    accumulate_batches: PositiveInt = 1
+    max_gradient_norm: PositiveFloat | None = None
+    pipeline: PipelineSettings = PipelineSettings()
     seed: int = Field(ge=0)
     server_optimizer: dict[str, Any] | None = None
     federated_evaluation: bool = False
     centralized: CentralizedConfig | None = None
     run_dir: Path | None = None
     resume: Path | None = None
+    trace: bool = False
     quiet: bool = False
 
     def job(self) -> Job:
@@ -99,12 +104,16 @@ class RunConfig(BaseModel):
             ),
             partitioner=_component("partitioner", self.partitioner),
             schedule=_component("schedule", self.schedule),
+            pipeline=self.pipeline,
             rounds=self.rounds,
             batch_size=self.batch_size,
             num_microbatches=self.num_microbatches,
+            accumulate_batches=self.accumulate_batches,
+            max_gradient_norm=self.max_gradient_norm,
             seed=self.seed,
             federated_evaluation=self.federated_evaluation,
             centralized=central.build() if central else None,
+            trace=self.trace,
             title=self.title,
         )
 

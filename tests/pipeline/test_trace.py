@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmp.pipeline import format_shares, time_shares, write_chrome_trace
 from fedmp.records import TimedAction
+from fedmp.report import format_shares, time_shares, write_chrome_trace
 from fedmp.schedule import OneFOneB
 from tests.pipeline.harness import cut, make_runners, own_stages, traced, train
 from tests.support.models import CASES

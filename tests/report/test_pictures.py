@@ -59,7 +59,7 @@ def test_timeline_picture_has_a_lane_a_device_and_shares(tmp_path: Path) -> None
         "nano-2",
         "stage 2",
         "forward 67 %",
-        "waiting for a peer 17 %",
+        "waiting 17 %",
         "other 17 %",
     ):
         assert word in text

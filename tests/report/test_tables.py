@@ -111,3 +111,21 @@ def test_closing_table_says_what_was_not_asked_for() -> None:
     text = shown(closing_table(make_summary(**missing)))
     assert text.count("not asked for") == 4
     assert "gap" not in text
+
+
+def test_a_plan_of_several_stages_a_device_shows_devices_not_stages_as_slowest_and_fullest() -> None:
+    plan = make_plan(4)
+    stages = [
+        stage.model_copy(update={"device": device, "forward_s": 0.004, "backward_s": 0.008})
+        for stage, device in zip(plan.stages, "abba", strict=True)
+    ]
+    stages[1] = stages[1].model_copy(update={"send_s": 0.0, "gradient_s": 0.0, "boundary_bytes": 0})
+    stages[3] = stages[3].model_copy(update={"memory_bytes": 2 << 30})
+    plan = plan.model_copy(update={"stages": tuple(stages), "schedule": "v-shape"})
+    text = shown(plan_table("lab", plan))
+    assert "slowest: a" in text
+    assert "fullest: a, 3.0 GiB of 4.0 GiB" in " ".join(text.split())
+    rows = [line.split() for line in text.splitlines() if line.strip("▶ ")[:1].isdigit()]
+    assert [row[-2] for row in rows][1] == "-", "what stays on the device is not sent"
+    marked = [line.strip()[2] for line in text.splitlines() if line.strip().startswith("▶")]
+    assert marked == ["0", "3"]

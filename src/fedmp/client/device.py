@@ -51,7 +51,7 @@ class DeviceSpec:
         work: what to do in a round.
         options: how to run the stages.
         keep_statistics_local: keep buffers between rounds and do not send them.
-        record_timeline: measure the actions of one step in the first round.
+        record_timeline: measure the actions of one step in the device's first round.
         host: address at which the client's devices reach each other.
         backend: of torch.distributed.
         torch_device: "cpu", "cuda:0", ...
@@ -115,6 +115,7 @@ class _Device:
         self._transport = _join_pipeline(spec, federation)
         self._stages = [Stage(blueprint).materialize(spec.torch_device) for blueprint in spec.blueprints]
         self._timeline: list[TimedAction] = []
+        self._trained_before = self._has_timeline = False
         self._runner = DeviceRunner(
             self._stages,
             spec.task,
@@ -161,9 +162,7 @@ class _Device:
             pipeline_bytes=self._runner.bytes_sent - bytes_before,
             train_s=time.monotonic() - started_s,
             timeline=tuple(
-                (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s)
-                for a in self._timeline
-                if a.kind != "send"
+                (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s) for a in self._timeline
             ),
         )
         self._timeline = []
@@ -188,8 +187,6 @@ class _Device:
         self._trained_before = True
         return before
 
-    _trained_before = False
-
     def _trained(self) -> dict[str, torch.Tensor]:
         """What local training changed, each tensor from the stage that owns it."""
         trained: dict[str, torch.Tensor] = {}
@@ -207,7 +204,8 @@ class _Device:
         latest: list[ProgressReport] = []
         report = throttled(lambda: self._federation.progress(latest[-1]), _PROGRESS_S)
         steps = spec.work.num_steps(spec.num_samples)
-        wanted = spec.record_timeline and round == 1
+        wanted = spec.record_timeline and not self._has_timeline
+        self._has_timeline |= wanted
         timed_step = min(_TIMELINE_STEP, steps - 1)
         if wanted and timed_step == 0:
             self._runner.observe = self._timeline.append

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,14 +30,15 @@ class LocalWork:
     Attributes:
         optimizer: makes the client optimizer of a list of parameters; its state lives for one round.
         schedule: of the pipeline.
-        batch_size: samples in one optimizer step.
+        batch_size: samples in one pass through the pipeline.
         num_microbatches: into which each batch is cut.
         local_epochs: passes over the client's data.
-        local_steps: if given, so many steps instead.
+        local_steps: if given, so many optimizer steps instead.
         seed: the job's.
         learning_rate, num_rounds: how the rate changes over so many rounds.
         evaluate_first: evaluate the round's starting model on the client's data.
         max_gradient_norm: clip each step's gradient to this norm over the whole model; None does not.
+        accumulate_batches: whose gradients make one optimizer step, as one larger batch would.
     """
 
     optimizer: OptimizerFactory
@@ -50,17 +52,21 @@ class LocalWork:
     learning_rate: LearningRate = field(default_factory=Constant)
     num_rounds: int = 1
     max_gradient_norm: float | None = None
+    accumulate_batches: int = 1
+
+    def num_batches(self, num_samples: int) -> int:
+        """Batches in one round on so many samples."""
+        if self.local_steps is not None:
+            return self.local_steps * self.accumulate_batches
+        return self.local_epochs * math.ceil(num_samples / self.batch_size)
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps in one round on so many samples."""
-        if self.local_steps is not None:
-            return self.local_steps
-        return self.local_epochs * math.ceil(num_samples / self.batch_size)
+        return math.ceil(self.num_batches(num_samples) / self.accumulate_batches)
 
     def num_examples(self, num_samples: int) -> int:
         """Samples processed in one round on so many samples."""
-        steps = self.num_steps(num_samples)
-        passes, rest = divmod(steps, math.ceil(num_samples / self.batch_size))
+        passes, rest = divmod(self.num_batches(num_samples), math.ceil(num_samples / self.batch_size))
         return passes * num_samples + min(rest * self.batch_size, num_samples)
 
 
@@ -111,24 +117,43 @@ class LocalTrainer:
         num_steps = self._work.num_steps(self._num_samples)
         total = BatchResult()
         samples_done = 0
-        for step, indices in enumerate(self._batches(round)):
+        for step, batches in enumerate(self._steps(round)):
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
-            batch = self.batch(indices)
-            result = self._runner.train_batch(batch, self._work.schedule, round=round, step=step)
-            self._check(result, round, step)
-            self._runner.finish_gradients(round=round, step=step, max_norm=self._work.max_gradient_norm)
+            total = total + self._add_gradients(batches, round, step)
             if optimizer is not None:
                 progress = (round - 1 + step / num_steps) / max(round, self._work.num_rounds)
                 factor = self._work.learning_rate.factor(progress)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
+                start_s = time.perf_counter()
                 optimizer.step()
-            samples_done += len(indices)
-            total = total + result
+                self._runner.note("step", start_s)
+            samples_done += sum(map(len, batches))
             on_step(step, samples_done, total)
         self._check_weights(round)
         return total
+
+    def _add_gradients(self, batches: Sequence[torch.Tensor], round: int, step: int) -> BatchResult:
+        """The gradient of the mean loss over all of these batches, complete."""
+        total = BatchResult()
+        first = step * self._work.accumulate_batches
+        weight = self._weight(batches) if len(batches) > 1 and self._needs_targets else None
+        for number, indices in enumerate(batches, start=first):
+            batch = self.batch(indices)
+            result = self._runner.train_batch(
+                batch, self._work.schedule, round=round, step=number, total_weight=weight
+            )
+            self._check(result, round, step)
+            total = total + result
+        start_s = time.perf_counter()
+        self._runner.finish_gradients(round=round, step=first, max_norm=self._work.max_gradient_norm)
+        self._runner.note("exchange", start_s)
+        return total
+
+    def _weight(self, batches: Sequence[torch.Tensor]) -> float:
+        assert self._dataset is not None
+        return sum(self._runner.task.weight(self._dataset.target_batch(indices)) for indices in batches)
 
     def evaluate(self, *, round: int) -> BatchResult:
         """Evaluate the present weights on all of the client's data."""
@@ -152,9 +177,15 @@ class LocalTrainer:
             targets = [self._dataset.target_batch(part) for part in parts]
         return MicroBatches(sizes, inputs, targets)
 
+    def _steps(self, round: int) -> Iterator[Sequence[torch.Tensor]]:
+        """The batches of each optimizer step."""
+        batches = self._batches(round)
+        while step := list(itertools.islice(batches, self._work.accumulate_batches)):
+            yield step
+
     def _batches(self, round: int) -> Iterator[torch.Tensor]:
-        """Indices of each step's samples: a new permutation each pass."""
-        left = self._work.num_steps(self._num_samples)
+        """Indices of each batch's samples: a new permutation each pass."""
+        left = self._work.num_batches(self._num_samples)
         epoch = 0
         while left > 0:
             seed = derive_seed(self._work.seed, "batches", self._client, round, epoch)

@@ -15,8 +15,9 @@ from fedmp.data import IID, ArrayData, DataSource, Split
 from fedmp.errors import ConfigError
 from fedmp.learning_rate import Constant, LearningRate
 from fedmp.partition import Partitioner
+from fedmp.pipeline import PipelineSettings
 from fedmp.records import Observer, Plan, RoundRecord, Summary
-from fedmp.schedule import OneFOneB, Schedule
+from fedmp.schedule import OneFOneB, PlacedSchedule, Schedule
 from fedmp.strategy import FedAvg, Strategy
 from fedmp.tasks import CrossEntropy, Task
 from fedmp.topology import Topology
@@ -65,12 +66,17 @@ class Job:
         server_optimizer: makes the optimizer that follows the pseudo-gradient; None averages.
         partitioner: "uniform", "balanced", "exact", or an object with a `plan` method.
         schedule: of the pipeline.
+        pipeline: checkpointing, mixed precision and compression between a client's devices.
         rounds: how many.
         batch_size: samples in one step of a client.
         num_microbatches: into which the pipeline cuts a batch.
+        accumulate_batches: whose gradients a client adds up for one optimizer step.
+        max_gradient_norm: clients clip the gradient of each step to this 2-norm over the whole model;
+            None does not clip.
         seed: of every random choice.
         federated_evaluation: evaluate each round's starting model on the clients' own data.
         centralized: train centrally as well, to compare; None does not.
+        trace: write a picture and a trace file of one measured step of each client; engine "local" only.
 
     Example:
         >>> job = Job(model=model, topology=topology, data=(x, y, x_test, y_test))  # doctest: +SKIP
@@ -88,19 +94,27 @@ class Job:
     learning_rate: LearningRate = field(default_factory=Constant)
     server_optimizer: OptimizerFactory | None = None
     partitioner: str | Partitioner = "balanced"
-    schedule: Schedule = field(default_factory=OneFOneB)
+    schedule: Schedule | PlacedSchedule = field(default_factory=OneFOneB)
+    pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     rounds: int = 10
     batch_size: int = 32
     num_microbatches: int = 4
+    accumulate_batches: int = 1
+    max_gradient_norm: float | None = None
     seed: int = 0
     federated_evaluation: bool = False
     centralized: Centralized | None = None
+    trace: bool = False
     title: str = "fedmp"
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "batch_size", "num_microbatches"):
+        for name in ("rounds", "batch_size", "num_microbatches", "accumulate_batches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
+            raise ConfigError(
+                f"max_gradient_norm is {self.max_gradient_norm}; it must be above 0, or null for no clipping"
+            )
 
     def optimizer_copies(self) -> float:
         """State that the client optimizer keeps, in units of the parameters' size."""

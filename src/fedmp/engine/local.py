@@ -83,12 +83,13 @@ class LocalEngine(Component):
         members = _members(prepared)
         board = Board(members)
         journal = Journal(session.journal_folder, prepared.graph.state)
-        timeline: list[TimedAction] = []
+        timelines: dict[str, tuple[TimedAction, ...]] = {}
 
-        def keep_timeline(round: int, reports: Mapping[str, Sequence[DeviceReport]]) -> None:
-            timeline.extend(
-                TimedAction(*row) for stages in reports.values() for r in stages for row in r.timeline
-            )
+        def keep_timelines(round: int, reports: Mapping[str, Sequence[DeviceReport]]) -> None:
+            for client, devices in reports.items():
+                actions = [TimedAction(*row) for report in devices for row in report.timeline]
+                if actions:
+                    timelines[client] = _from_zero(actions)
 
         with CoordinatorService(board, journal, session.model, host=self.host, port=self.port) as service:
             processes = _Processes()
@@ -107,12 +108,12 @@ class LocalEngine(Component):
                     evaluate=evaluator(session),
                     watch=processes.check,
                     observe=session.observe,
-                    on_reports=keep_timeline,
+                    on_reports=keep_timelines,
                 )
             finally:
                 board.stop("the job is over")
                 processes.join()
-        return Outcome(tuple(records), startup_s, _from_zero(timeline))
+        return Outcome(tuple(records), startup_s, timelines)
 
     def _settings(self, session: Session) -> RoundSettings:
         prepared = session.prepared
@@ -141,9 +142,10 @@ class LocalEngine(Component):
             dataset=_part_of(setup, member.stages),
             num_samples=len(setup.dataset),
             task=prepared.job.task,
-            work=prepared.work,
+            work=setup.work,
+            options=prepared.job.pipeline.options(),
             keep_statistics_local=prepared.job.strategy.keep_statistics_local,
-            record_timeline=member.client == next(iter(prepared.clients)),
+            record_timeline=prepared.job.trace or member.client == next(iter(prepared.clients)),
             host=self.host,
             backend=self.backend,
             num_threads=self.num_threads,

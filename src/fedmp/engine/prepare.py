@@ -8,7 +8,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,10 +16,11 @@ from torch import nn
 from fedmp.client import LocalWork
 from fedmp.data import Dataset, TrainTest, describe
 from fedmp.engine.job import Job
-from fedmp.errors import DataError
+from fedmp.errors import DataError, PlanError
 from fedmp.graph import LayerGraph, trace
 from fedmp.partition.api import plan_graph
 from fedmp.records import ClientData, Plan
+from fedmp.schedule import PlacedSchedule, Schedule, placed_schedule_by_name, schedule_by_name
 from fedmp.seeds import derive_seed
 from fedmp.stages import StageBlueprint, draw_blueprints
 from fedmp.topology import Client
@@ -35,6 +36,7 @@ class ClientSetup:
     Attributes:
         client: from the topology.
         plan, blueprints: how the model is cut over its devices.
+        work: what it does in a round, by its plan's schedule.
         dataset: its own training samples.
         round_samples: samples that it processes in one round.
         predicted_s: seconds of one round by its plan, its links and its samples.
@@ -43,6 +45,7 @@ class ClientSetup:
     client: Client
     plan: Plan
     blueprints: Sequence[StageBlueprint]
+    work: LocalWork
     dataset: Dataset
     round_samples: int
     predicted_s: float
@@ -70,7 +73,6 @@ class Prepared:
         data: training and test samples.
         clients: by name, in the topology's order.
         table: who holds what.
-        work: what each client does in a round.
     """
 
     job: Job
@@ -79,7 +81,6 @@ class Prepared:
     data: TrainTest
     clients: Mapping[str, ClientSetup]
     table: tuple[ClientData, ...]
-    work: LocalWork
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -118,6 +119,8 @@ def prepare(job: Job) -> Prepared:
         evaluate_first=job.federated_evaluation,
         learning_rate=job.learning_rate,
         num_rounds=job.rounds,
+        max_gradient_norm=job.max_gradient_norm,
+        accumulate_batches=job.accumulate_batches,
     )
     plans: dict[str, tuple[Plan, list[StageBlueprint]]] = {}
     clients = {}
@@ -131,9 +134,10 @@ def prepare(job: Job) -> Prepared:
             client=client,
             plan=plan,
             blueprints=blueprints,
+            work=replace(work, schedule=_schedule(job, plan)),
             dataset=data.train.select(indices),
             round_samples=work.num_examples(len(indices)),
-            predicted_s=_predict_s(client, plan, blueprints, work.num_steps(len(indices))),
+            predicted_s=_predict_s(client, plan, blueprints, work.num_batches(len(indices))),
         )
     return Prepared(
         job=job,
@@ -142,7 +146,6 @@ def prepare(job: Job) -> Prepared:
         data=data,
         clients=clients,
         table=describe(data.train, rows, names),
-        work=work,
     )
 
 
@@ -179,11 +182,29 @@ def _plan(job: Job, graph: LayerGraph, client: Client) -> Plan:
     )
 
 
-def _predict_s(client: Client, plan: Plan, blueprints: Sequence[StageBlueprint], num_steps: int) -> float:
-    """Training by the plan, and each device moving its own stage down and up beside the others."""
+def _schedule(job: Job, plan: Plan) -> Schedule | PlacedSchedule:
+    """The schedule that the plan is for: the job's, or another that fits the memory better."""
+    schedule = job.schedule
+    if plan.schedule != schedule.name:
+        schedule = placed_schedule_by_name(plan.schedule) or schedule_by_name(plan.schedule)
+    if isinstance(schedule, PlacedSchedule):
+        wanted = tuple(map(tuple, schedule.placement(plan.num_devices)))
+    else:
+        wanted = tuple((stage,) for stage in range(plan.num_devices))
+    if plan.placement != wanted:
+        raise PlanError(
+            f"partitioner {plan.partitioner!r} placed the stages {plan.placement} on the devices, but schedule "
+            f"{schedule.name!r} wants {wanted}"
+        )
+    return schedule
+
+
+def _predict_s(client: Client, plan: Plan, blueprints: Sequence[StageBlueprint], num_batches: int) -> float:
+    """Training by the plan, and each device moving its own stages down and up beside the others."""
     transfers = []
-    for blueprint in blueprints:
-        down = sum(spec.num_bytes for spec in blueprint.state.values())
-        up = sum(blueprint.state[name].num_bytes for name in blueprint.owned)
+    for stages in plan.placement:
+        own = [blueprints[stage] for stage in stages]
+        down = sum(spec.num_bytes for blueprint in own for spec in blueprint.state.values())
+        up = sum(blueprint.state[name].num_bytes for blueprint in own for name in blueprint.owned)
         transfers.append(client.uplink.transfer_s(down) + client.uplink.transfer_s(up))
-    return num_steps * plan.step_s + max(transfers)
+    return num_batches * plan.step_s + max(transfers)

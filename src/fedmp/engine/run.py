@@ -122,6 +122,7 @@ def _run(
         observe(Note("training centrally, to compare"))
         central = train_centrally(prepared, job.centralized)
     records = (*before, *outcome.records)
+    timeline = next(iter(outcome.timelines.values()), ())
     summary = _summary(prepared, engine, records, outcome, central, time.monotonic() - started_s)
     directory.write_summary(summary)
     directory.write_pictures(
@@ -129,10 +130,14 @@ def _run(
         clients=prepared.table,
         records=records,
         label_names=prepared.data.train.label_names,
-        timeline=outcome.timeline,
+        timeline=timeline,
         centralized_accuracy=summary.centralized_accuracy,
     )
-    observe(RunFinished(summary, records, str(directory.path), outcome.timeline))
+    if job.trace:
+        directory.write_traces(outcome.timelines, prepared.plans)
+        if not outcome.timelines:
+            observe(Note(f"trace: the engine {engine.name!r} measures no steps; use engine=local"))
+    observe(RunFinished(summary, records, str(directory.path), timeline))
     return Result(
         history=records,
         model=_final_model(prepared, model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,12 +50,12 @@ class Outcome:
     Attributes:
         records: one a round.
         startup_s: seconds until the first round could begin.
-        timeline: one measured pipeline step; empty where none was measured.
+        timelines: one measured pipeline step of each client that was measured, by name.
     """
 
     records: tuple[RoundRecord, ...]
     startup_s: float
-    timeline: tuple[TimedAction, ...] = ()
+    timelines: Mapping[str, tuple[TimedAction, ...]] = field(default_factory=dict)
 
 
 def evaluator(session: Session) -> Callable[[], tuple[float, float | None]]:

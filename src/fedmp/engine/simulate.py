@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from fedmp.client import LocalTrainer
 from fedmp.component import Component
@@ -12,6 +13,7 @@ from fedmp.engine.prepare import ClientSetup, Prepared
 from fedmp.engine.session import Outcome, Session, evaluator
 from fedmp.pipeline import BatchResult, StageRunner
 from fedmp.records import DeviceReport, Progress, RoundFinished, RoundRecord, RoundStarted
+from fedmp.schedule import OneFOneB
 from fedmp.stages import Stage
 from fedmp.updates import difference
 
@@ -48,7 +50,10 @@ class _Simulation:
         self._session = session
         self._prepared = session.prepared
         self._stage = Stage(session.prepared.whole_stage()).materialize("cpu")
-        self._runner = StageRunner(self._stage, session.prepared.job.task)
+        options = replace(
+            session.prepared.job.pipeline.options(), compress_activations="none", compress_gradients="none"
+        )
+        self._runner = StageRunner(self._stage, session.prepared.job.task, options=options)
         self._evaluate = evaluator(session)
         self._names = next(iter(self._prepared.clients.values())).pushed(
             self._stage.blueprint, with_buffers=not self._prepared.job.strategy.keep_statistics_local
@@ -96,7 +101,8 @@ class _Simulation:
         return record
 
     def _client(self, setup: ClientSetup, round: int) -> tuple[dict, DeviceReport]:  # type: ignore[type-arg]
-        work = self._prepared.work
+        # one stage takes any schedule of one stage a device; gradients are the same under all
+        work = replace(setup.work, schedule=OneFOneB(warmup="short"))
         before = self._session.model.state
         self._stage.load_state({**before, **self._own_buffers.get(setup.name, {})})  # type: ignore[dict-item]
         trainer = LocalTrainer(

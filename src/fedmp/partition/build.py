@@ -167,10 +167,11 @@ def _stage_plan(
     in_flight: int,
 ) -> StagePlan:
     device, start, stop = devices[stage], edges[stage], edges[stage + 1]
-    send, gradient = 0.0, 0.0
+    send = gradient = boundary_bytes = 0.0  # as it stays where the next stage is on the same device
     if stage + 1 < len(devices) and device.name != devices[stage + 1].name:
         link = links.between(device.name, devices[stage + 1].name)
         send, gradient = float(costs.send_s(stop, link)), float(costs.gradient_s(stop, link))
+        boundary_bytes = float(costs.boundary_bytes(stop))
     parameter_bytes = costs.parameter_bytes(start, stop)
     memory_bytes = float(costs.memory_bytes(start, stop, in_flight, parameter_bytes))
     return StagePlan(
@@ -181,7 +182,7 @@ def _stage_plan(
         backward_s=float(costs.backward_s(start, stop, device)),
         send_s=send,
         gradient_s=gradient,
-        boundary_bytes=float(costs.boundary_bytes(stop)),
+        boundary_bytes=boundary_bytes,
         parameter_bytes=parameter_bytes,
         memory_bytes=-int(-memory_bytes // 1),
         device_memory_bytes=int(device.memory_bytes),

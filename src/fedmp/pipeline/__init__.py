@@ -6,7 +6,7 @@ from fedmp.pipeline.compression import Compression
 from fedmp.pipeline.microbatches import BatchResult, MicroBatches, microbatch_sizes
 from fedmp.pipeline.options import Pace, RunnerOptions
 from fedmp.pipeline.runner import DeviceRunner, StageRunner
-from fedmp.pipeline.trace import DeviceShares, chrome_trace, format_shares, time_shares, write_chrome_trace
+from fedmp.pipeline.settings import PipelineSettings
 from fedmp.pipeline.transport import (
     DistributedTransport,
     Pending,
@@ -20,20 +20,16 @@ __all__ = [
     "BatchResult",
     "Compression",
     "DeviceRunner",
-    "DeviceShares",
     "DistributedTransport",
     "MicroBatches",
     "Pace",
     "Pending",
+    "PipelineSettings",
     "Rendezvous",
     "RunnerOptions",
     "StageRunner",
     "Transport",
-    "chrome_trace",
-    "format_shares",
     "host_rendezvous",
     "join_rendezvous",
     "microbatch_sizes",
-    "time_shares",
-    "write_chrome_trace",
 ]

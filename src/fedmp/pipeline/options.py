@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -28,15 +29,20 @@ class RunnerOptions:
     """Choices for a runner; all but `checkpoint` and `pace` must be the same on all of a client's devices.
 
     Attributes:
-        checkpoint: keep only a stage's inputs until the backward, and compute its activations again.
+        checkpoint: keep only a stage's inputs until the backward, and compute its activations again: for
+            all stages, none, or those of these numbers.
         autocast: compute in this dtype where torch thinks it safe; None computes in the weights' dtype.
             Tensors cross a boundary in the dtype they were traced with, and are no less precise for it.
         pace: emulate a slower device: each forward and each backward takes at least so long.
         compress_activations, compress_gradients: what crosses a boundary: "none", "bf16" or "int8".
     """
 
-    checkpoint: bool = False
+    checkpoint: bool | Collection[int] = False
     autocast: torch.dtype | None = None
     pace: Pace | None = None
     compress_activations: Compression = "none"
     compress_gradients: Compression = "none"
+
+    def checkpoints(self, stage: int) -> bool:
+        """Whether this stage's activations are computed again."""
+        return self.checkpoint if isinstance(self.checkpoint, bool) else stage in self.checkpoint

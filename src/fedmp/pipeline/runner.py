@@ -50,6 +50,7 @@ class DeviceRunner:
         device_name: for the timed actions.
 
     Attributes:
+        task: the loss.
         bytes_sent: to other devices, so far.
         observe, seed: may be changed between steps.
     """
@@ -76,7 +77,7 @@ class DeviceRunner:
             raise ValueError(f"{len(placement)} devices need a transport between them")
         self.stages = list(stages)
         self.observe = observe
-        self._task = task
+        self.task = task
         self._transport = transport
         self._device = device
         self._placement = tuple(map(tuple, placement))
@@ -207,6 +208,12 @@ class DeviceRunner:
             if max_norm is not None:
                 return clip_gradients(self.stages, self._wiring.exchange, max_norm)
         return None
+
+    def note(self, kind: str, start_s: float) -> None:
+        """Tell the observer of something that this device did from `start_s` until now, such as "step"."""
+        if self.observe is not None:
+            first = self.stages[0].blueprint.index
+            self.observe(TimedAction(self._device_name, first, kind, -1, start_s, time.perf_counter()))
 
     def reconnect(self, transport: Transport | None) -> None:
         """Go on over a new transport, after an error or in a new generation.

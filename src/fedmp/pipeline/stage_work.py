@@ -45,12 +45,12 @@ class StageWork:
         self.output_gradients = [i for i, s in enumerate(stage.blueprint.train.outputs) if s.has_gradient]
         self._task = task
         self._options = options
+        self._is_checkpointed = options.checkpoints(stage.blueprint.index)
         self._key = key
         self._store = WeightGradients(is_deferred=True)
         self._at_once = WeightGradients(is_deferred=False)
         self._programs: dict[tuple[bool, bool, bool], Program] = {}
         self._mutated = mutated_inputs(stage.blueprint.train)
-        self._spec = stage.blueprint.out_spec
         self._buffers = {name for name, spec in stage.blueprint.state.items() if spec.kind == "buffer"}
         self._held: dict[int, Held] = {}
         self._state: list[torch.Tensor] = []
@@ -92,7 +92,7 @@ class StageWork:
         """Compute what the next stage needs, or the loss, and keep what the backward will need."""
         for index in self.input_gradients:
             inputs[index].requires_grad_()
-        if self._options.checkpoint:
+        if self._is_checkpointed:
             return self._forward_without_graph(microbatch, inputs)
         outputs: Sequence[torch.Tensor] = self._compute(microbatch, inputs, self._state)
         if self.is_last:
@@ -149,7 +149,8 @@ class StageWork:
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The model's own result from the last stage's flat one."""
-        return outputs[0] if self._spec.is_leaf() else tree_unflatten(list(outputs), self._spec)
+        spec = self._program.out_spec
+        return outputs[0] if spec.is_leaf() else tree_unflatten(list(outputs), spec)
 
     def result(self) -> BatchResult:
         """The batch's loss and correct predictions, on the last stage."""

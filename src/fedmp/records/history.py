@@ -108,7 +108,8 @@ class TimedAction:
     Attributes:
         device: name of the device that ran it.
         stage: its stage.
-        kind: "forward", "backward", "wait" (for a peer) or "step" (optimizer).
+        kind: "forward", "backward", "send", "wait" (for a peer), "exchange" (tied gradients, norms) or
+            "step" (optimizer).
         microbatch: which micro-batch, or -1.
         start_s, stop_s: seconds on a clock that the devices of one machine share.
     """

@@ -16,9 +16,10 @@ class StagePlan(BaseModel):
         device: name of the device that runs it.
         start, stop: its layers are `plan.layer_names[start:stop]`.
         forward_s, backward_s: predicted seconds of one micro-batch.
-        send_s: predicted seconds to send one micro-batch's boundary to the next stage; 0 for the last.
-        gradient_s: predicted seconds for that boundary's gradient to come back; 0 for the last.
-        boundary_bytes: bytes of one micro-batch sent to the next stage; 0 for the last.
+        send_s: predicted seconds to send one micro-batch's boundary to the next stage; 0 for the last, and
+            where the next stage is on the same device.
+        gradient_s: predicted seconds for that boundary's gradient to come back; 0 as `send_s` is.
+        boundary_bytes: bytes of one micro-batch sent to the next stage; 0 as `send_s` is.
         parameter_bytes: its parameters, tied ones included.
         memory_bytes: predicted peak: weights, gradients, optimizer state, buffers, activations in flight.
         device_memory_bytes: what the device has.

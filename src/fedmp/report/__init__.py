@@ -8,14 +8,17 @@ from fedmp.report.live import LiveView, PlainView, QuietView, View, make_view
 from fedmp.report.pictures import draw_accuracy, draw_data, draw_plan, draw_timeline
 from fedmp.report.run_directory import RunDirectory
 from fedmp.report.tables import closing_table, data_table, plan_table, plans_panel
+from fedmp.report.trace import DeviceShares, chrome_trace, format_shares, time_shares, write_chrome_trace
 from fedmp.report.units import format_bytes, format_count, format_memory, format_seconds, format_share
 
 __all__ = [
+    "DeviceShares",
     "LiveView",
     "PlainView",
     "QuietView",
     "RunDirectory",
     "View",
+    "chrome_trace",
     "closing_table",
     "data_table",
     "draw_accuracy",
@@ -27,7 +30,10 @@ __all__ = [
     "format_memory",
     "format_seconds",
     "format_share",
+    "format_shares",
     "make_view",
     "plan_table",
     "plans_panel",
+    "time_shares",
+    "write_chrome_trace",
 ]

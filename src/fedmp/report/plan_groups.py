@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmp.records import Plan, StagePlan
-from fedmp.report.units import format_range, format_seconds, format_share, shorten_layer
+from fedmp.report.units import format_memory, format_range, format_seconds, format_share, shorten_layer
 
 __all__ = [
     "Bottleneck",
@@ -14,6 +15,7 @@ __all__ = [
     "bottleneck",
     "describe_cut",
     "describe_plan",
+    "fullest_device",
     "group_plans",
     "join_names",
     "layers_text",
@@ -35,17 +37,25 @@ class PlanGroup:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """The part of a pipeline that takes longest for one micro-batch.
+    """The device or link of a pipeline that takes longest for one micro-batch.
 
     Attributes:
-        stage: index of the stage, or of the stage before the link.
-        is_link: whether it is the link from that stage to the next, not the stage itself.
+        stages: of the device; or those before the link, one for each boundary that goes over it.
+        is_link: whether it is the link from those stages to the next ones, not the device.
         busy_s: seconds it is busy with one micro-batch, both directions.
     """
 
-    stage: int
+    stages: tuple[int, ...]
     is_link: bool
     busy_s: float
+
+    def is_stage(self, index: int) -> bool:
+        """Whether this stage is on the slowest device."""
+        return not self.is_link and index in self.stages
+
+    def is_link_after(self, index: int) -> bool:
+        """Whether the link behind this stage is the slowest part."""
+        return self.is_link and index in self.stages
 
 
 def group_plans(plans: Mapping[str, Plan]) -> list[PlanGroup]:
@@ -65,23 +75,38 @@ def group_plans(plans: Mapping[str, Plan]) -> list[PlanGroup]:
 
 
 def bottleneck(plan: Plan) -> Bottleneck:
-    """Find the stage or link that is busy longest with one micro-batch.
+    """Find the device or link that is busy longest with one micro-batch.
 
     Args:
         plan: any plan.
 
     Returns:
-        The slowest part; a stage where a link ties with it.
+        The slowest part; a device where a link ties with it.
     """
-    stages = [
-        Bottleneck(index, False, stage.forward_s + stage.backward_s)
-        for index, stage in enumerate(plan.stages)
+    stages = plan.stages
+    devices = [
+        Bottleneck(own, False, sum(stages[index].forward_s + stages[index].backward_s for index in own))
+        for own in plan.placement
     ]
+    between: dict[frozenset[str], tuple[int, ...]] = {}
+    for index, (stage, after) in enumerate(itertools.pairwise(stages)):
+        if stage.device != after.device:
+            ends = frozenset((stage.device, after.device))
+            between[ends] = (*between.get(ends, ()), index)
     links = [
-        Bottleneck(index, True, stage.send_s + stage.gradient_s)
-        for index, stage in enumerate(plan.stages[:-1])
+        Bottleneck(before, True, sum(stages[index].send_s + stages[index].gradient_s for index in before))
+        for before in between.values()
     ]
-    return max([*stages, *links], key=lambda part: part.busy_s)
+    return max([*devices, *links], key=lambda part: part.busy_s)
+
+
+def fullest_device(plan: Plan) -> tuple[str, int, int]:
+    """The device whose memory is used the most, by share: its name, what its stages need, what it has."""
+    used = []
+    for name, own in zip(plan.devices, plan.placement, strict=True):
+        needed = sum(plan.stages[index].memory_bytes for index in own)
+        used.append((name, needed, plan.stages[own[0]].device_memory_bytes))
+    return max(used, key=lambda row: row[1] / max(row[2], 1))
 
 
 def layers_text(plan: Plan, stage: StagePlan, name_width: int = 24, mark: str = "…") -> str:
@@ -121,17 +146,25 @@ def describe_plan(plan: Plan) -> list[str]:
         plan: any plan.
 
     Returns:
-        Predicted step time, optimality gap where a bound is known, slowest part, unused devices.
+        Predicted step time, optimality gap where a bound is known, slowest part, unused devices; the fullest
+        device, where devices run several stages.
     """
     slowest = bottleneck(plan)
-    device = plan.stages[slowest.stage].device
-    where = f"link from stage {slowest.stage} to {slowest.stage + 1}" if slowest.is_link else f"{device}"
+    first = slowest.stages[0]
+    device, after = plan.stages[first].device, plan.stages[min(first + 1, plan.num_stages - 1)].device
+    link = f"link from stage {first} to {first + 1}"
+    if len(slowest.stages) > 1:
+        link = f"links between {device} and {after}"
+    where = link if slowest.is_link else device
     lines = [f"predicted step {format_seconds(plan.step_s)}"]
     if plan.bound_s > 0:
         is_best = plan.gap < 0.0005
         lines.append("proven optimal" if is_best else f"at most {format_share(plan.gap)} from optimal")
     if plan.num_stages > 1:
         lines.append(f"slowest: {where}")
+    if plan.num_devices < plan.num_stages:
+        name, needed, limit = fullest_device(plan)
+        lines.append(f"fullest: {name}, {format_memory(needed)} of {format_memory(limit)}")
     if plan.unused_devices:
         lines.append(f"unused: {join_names(plan.unused_devices, 4)}")
     return lines

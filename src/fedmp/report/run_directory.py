@@ -20,6 +20,7 @@ from fedmp.errors import ConfigError
 from fedmp.records import ClientData, Plan, RoundRecord, Summary, TimedAction
 from fedmp.report.files import write_atomically
 from fedmp.report.pictures import draw_accuracy, draw_data, draw_plan, draw_timeline
+from fedmp.report.trace import format_shares, predicted_busy, time_shares, write_chrome_trace
 
 __all__ = ["RunDirectory"]
 
@@ -213,6 +214,38 @@ class RunDirectory:
                     path = self.pictures_path / f"{name}{suffix}"
                     draw(path)
                     written.append(path)
+        return tuple(written)
+
+    def write_traces(
+        self, timelines: Mapping[str, Sequence[TimedAction]], plans: Mapping[str, Plan]
+    ) -> tuple[Path, ...]:
+        """Write each client's measured step into `traces/`: a picture, a Chrome trace and a table of shares.
+
+        Args:
+            timelines: the actions of one step, by client name.
+            plans: by client name; what the step was predicted to be.
+
+        Returns:
+            The files written.
+
+        Raises:
+            ConfigError: a file cannot be written.
+        """
+        folder = self.path / "traces"
+        written = []
+        with _explained(folder):
+            folder.mkdir(exist_ok=True)
+            for client, actions in timelines.items():
+                busy = predicted_busy(plans[client])
+                picture, trace, table = (
+                    folder / f"{client}{end}" for end in (".svg", ".trace.json", ".shares.txt")
+                )
+                if any(action.stop_s > 0 for action in actions):
+                    draw_timeline(actions, picture, busy)
+                    written.append(picture)
+                write_chrome_trace(actions, trace)
+                table.write_text(f"{format_shares(time_shares(actions, busy))}\n")
+                written += [trace, table]
         return tuple(written)
 
     def _write(self, name: str, text: str) -> None:

@@ -213,11 +213,12 @@ def _data_row(client: ClientData, most: int, num_labels: int, peak: float) -> li
 
 def _stage_row(plan: Plan, index: int, slowest: Bottleneck, unit_bytes: float) -> list[RenderableType]:
     stage = plan.stages[index]
-    is_slowest = slowest.stage == index and not slowest.is_link and plan.num_stages > 1
-    is_slow_link = slowest.stage == index and slowest.is_link
+    is_slowest = slowest.is_stage(index) and plan.num_devices > 1
+    is_slow_link = slowest.is_link_after(index)
     style = "bold yellow" if is_slowest else ""
     times = f"{stage.forward_s * 1e3:.3g}+{stage.backward_s * 1e3:.3g}"
-    sends = format_bytes(stage.boundary_bytes) if index < plan.num_stages - 1 else "-"
+    stays = index == plan.num_stages - 1 or plan.stages[index + 1].device == stage.device
+    sends = "-" if stays else format_bytes(stage.boundary_bytes)
     return [
         Text(f"{'▶' if is_slowest else ' '} {index}", style=style),
         Text(shorten(stage.device, 18), style=style),

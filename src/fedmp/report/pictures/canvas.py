@@ -38,7 +38,14 @@ __all__ = [
 ]
 
 INK, GREY, LIGHT = "#222222", "#6b6b6b", "#e4e4e4"
-KIND_COLORS = {"forward": "#0072b2", "backward": "#e69f00", "wait": "#dcdcdc", "step": "#009e73"}
+KIND_COLORS = {
+    "forward": "#0072b2",
+    "backward": "#e69f00",
+    "send": "#cc79a7",
+    "exchange": "#56b4e9",
+    "wait": "#dcdcdc",
+    "step": "#009e73",
+}
 STAGE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f7f7f")
 LABEL_COLORS = (
     "#332288", "#88ccee", "#117733", "#ddcc77", "#cc6677",

@@ -81,7 +81,11 @@ def _draw_row(axes: Any, plan: Plan, clients: str, width_in: float, top_in: floa
         _draw_box(axes, plan, index, left_in, strip_in, box_in)
         card_left_in = _MARGIN_IN + index * step_in
         _draw_funnel(
-            axes, index, (left_in, left_in + box_in), (card_left_in, card_left_in + card_in), strip_in
+            axes,
+            _color(plan, index),
+            (left_in, left_in + box_in),
+            (card_left_in, card_left_in + card_in),
+            strip_in,
         )
         _draw_card(axes, plan, index, card_left_in, strip_in - 0.3, card_in)
         if index < plan.num_stages - 1:
@@ -90,7 +94,7 @@ def _draw_row(axes: Any, plan: Plan, clients: str, width_in: float, top_in: floa
 
 
 def _draw_box(axes: Any, plan: Plan, index: int, left_in: float, bottom_in: float, width_in: float) -> None:
-    color = _color(index)
+    color = _color(plan, index)
     axes.add_patch(
         Rectangle((left_in, bottom_in), width_in, _STRIP_IN, facecolor=color, edgecolor="white", lw=1.2)
     )
@@ -110,7 +114,7 @@ def _draw_box(axes: Any, plan: Plan, index: int, left_in: float, bottom_in: floa
 
 
 def _draw_funnel(
-    axes: Any, index: int, box_in: tuple[float, float], card_in: tuple[float, float], top_in: float
+    axes: Any, color: str, box_in: tuple[float, float], card_in: tuple[float, float], top_in: float
 ) -> None:
     corners = [
         (box_in[0], top_in),
@@ -118,12 +122,12 @@ def _draw_funnel(
         (card_in[1], top_in - 0.22),
         (card_in[0], top_in - 0.22),
     ]
-    axes.add_patch(Polygon(corners, facecolor=_color(index), alpha=0.16, lw=0))
+    axes.add_patch(Polygon(corners, facecolor=color, alpha=0.16, lw=0))
 
 
 def _draw_card(axes: Any, plan: Plan, index: int, left_in: float, top_in: float, width_in: float) -> None:
     stage = plan.stages[index]
-    axes.add_patch(Rectangle((left_in, top_in + 0.05), width_in, 0.03, facecolor=_color(index), lw=0))
+    axes.add_patch(Rectangle((left_in, top_in + 0.05), width_in, 0.03, facecolor=_color(plan, index), lw=0))
     # Bold letters are about a tenth wider than those that are measured.
     device = fit_text(stage.device, width_in, 11)
     _write(axes, left_in, top_in - 0.1, device, size=10, weight="bold")
@@ -136,7 +140,7 @@ def _draw_card(axes: Any, plan: Plan, index: int, left_in: float, top_in: float,
     ]
     for row, line in enumerate(lines):
         _write(axes, left_in, top_in - 0.3 - row * 0.165, line, color=_CARD_INK)
-    _draw_memory(axes, stage, left_in, top_in - 0.36 - len(lines) * 0.165, width_in)
+    _draw_memory(axes, plan, stage, left_in, top_in - 0.36 - len(lines) * 0.165, width_in)
 
 
 def _layer_lines(plan: Plan, stage: StagePlan, width_in: float) -> list[str]:
@@ -150,13 +154,19 @@ def _layer_lines(plan: Plan, stage: StagePlan, width_in: float) -> list[str]:
     return [fit_text(first, width_in, 8, shorten_layer), f"to {fit_text(last, room_in, 8, shorten_layer)}"]
 
 
-def _draw_memory(axes: Any, stage: StagePlan, left_in: float, y_in: float, width_in: float) -> None:
+def _draw_memory(
+    axes: Any, plan: Plan, stage: StagePlan, left_in: float, y_in: float, width_in: float
+) -> None:
     if stage.device_memory_bytes <= 0:
         return
     share = min(stage.memory_bytes / stage.device_memory_bytes, 1.0)
+    on_device = sum(other.memory_bytes for other in plan.stages if other.device == stage.device)
+    whole = min(on_device / stage.device_memory_bytes, 1.0)
     bar_in = min(width_in, 1.5 * _CARD_IN)
-    color = STAGE_COLORS[5] if share > 0.9 else "#555555"
+    color = STAGE_COLORS[5] if whole > 0.9 else "#555555"
     axes.add_patch(Rectangle((left_in, y_in), bar_in, 0.07, facecolor=LIGHT, lw=0))
+    if whole > share:  # what the device's other stages need
+        axes.add_patch(Rectangle((left_in, y_in), bar_in * whole, 0.07, facecolor=GREY, alpha=0.5, lw=0))
     axes.add_patch(Rectangle((left_in, y_in), bar_in * share, 0.07, facecolor=color, lw=0))
     text = f"{format_memory(stage.memory_bytes)} of {format_memory(stage.device_memory_bytes)}"
     _write(axes, left_in, y_in - 0.11, fit_text(text, width_in, 8), color=_CARD_INK)
@@ -164,7 +174,10 @@ def _draw_memory(axes: Any, stage: StagePlan, left_in: float, y_in: float, width
 
 def _draw_cut(axes: Any, plan: Plan, index: int, left_in: float, y_in: float) -> None:
     stage, slowest = plan.stages[index], bottleneck(plan)
-    is_slowest = slowest.is_link and slowest.stage == index
+    if plan.stages[index + 1].device == stage.device:
+        _write(axes, left_in + _GAP_IN / 2, y_in, "stays", color=GREY, ha="center")
+        return
+    is_slowest = slowest.is_link_after(index)
     color = STAGE_COLORS[5] if is_slowest else GREY
     arrow = {"arrowstyle": "->", "color": color, "lw": 1.6 if is_slowest else 1.0}
     axes.annotate("", (left_in + _GAP_IN - 0.06, y_in), (left_in + 0.06, y_in), arrowprops=arrow)
@@ -188,8 +201,9 @@ def _write(axes: Any, x_in: float, y_in: float, text: str, *, size: float = 8, *
 
 def _is_slowest(plan: Plan, index: int) -> bool:
     slowest = bottleneck(plan)
-    return plan.num_stages > 1 and slowest.stage == index and not slowest.is_link
+    return plan.num_devices > 1 and slowest.is_stage(index)
 
 
-def _color(index: int) -> str:
-    return STAGE_COLORS[index % len(STAGE_COLORS)]
+def _color(plan: Plan, index: int) -> str:
+    """Of the stage's device; the stages of one device have one colour."""
+    return STAGE_COLORS[plan.devices.index(plan.stages[index].device) % len(STAGE_COLORS)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 
 from fedmp.records import TimedAction
 from fedmp.report.pictures.canvas import (
+    GREY,
     INK,
     KIND_COLORS,
     clean_axes,
@@ -18,24 +19,33 @@ from fedmp.report.pictures.canvas import (
     picture,
     text_width_in,
 )
+from fedmp.report.trace import time_shares
 
 __all__ = ["draw_timeline"]
 
 _KIND_NAMES = {
     "forward": "forward",
     "backward": "backward",
-    "wait": "waiting for a peer",
+    "send": "sending",
+    "exchange": "exchange",
+    "wait": "waiting",
     "step": "optimizer",
 }
-_WIDTH_IN, _LANE_IN = 10.0, 0.48
+_WIDTH_IN, _LANE_IN = 10.0, 0.58
 _SIZE_PT = 7.0
 
 
-def draw_timeline(actions: Sequence[TimedAction], path: Path) -> None:
+def draw_timeline(
+    actions: Sequence[TimedAction], path: Path, predicted_busy: Mapping[str, float] | None = None
+) -> None:
     """Draw what each device did in one step, with the number of the micro-batch in each box it fits.
+
+    Below its lane stand each device's shares of computing, communicating and bubble.
 
     Args:
         actions: of one client's devices, in any order.
+        predicted_busy: by device, the share of the step that the plan expects it to compute; shown next to
+            what was measured.
         path: where to write; `.svg` or `.png`.
 
     Raises:
@@ -53,10 +63,11 @@ def draw_timeline(actions: Sequence[TimedAction], path: Path) -> None:
         axes = figure.subplots()
         clean_axes(axes)
         axes.set_xlim(0, end_s * scale)
-        axes.set_ylim(len(lanes) - 0.5, -0.5)
+        axes.set_ylim(len(lanes) - 0.38, -0.5)
         _draw_boxes(axes, actions, lanes, scale)
         _number_boxes(axes, actions, lanes, scale)
         names = [_lane_name(device, actions) for device in lanes]
+        _write_shares(axes, actions, lanes, predicted_busy)
         axes.set_yticks(range(len(lanes)), names, fontsize=9)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -77,6 +88,21 @@ def _lane_name(device: str, actions: Sequence[TimedAction]) -> str:
     stages = sorted({action.stage for action in actions if action.device == device})
     number = ", ".join(str(stage) for stage in stages)
     return f"{fit_text(device, 1.5, 9)}\nstage{'s' if len(stages) > 1 else ''} {number}"
+
+
+def _write_shares(
+    axes: Any,
+    actions: Sequence[TimedAction],
+    lanes: Sequence[str],
+    predicted_busy: Mapping[str, float] | None,
+) -> None:
+    for row in time_shares(actions, predicted_busy):
+        planned = "" if row.predicted_bubble is None else f" (plan {row.predicted_bubble * 100:.0f} %)"
+        text = (
+            f"compute {row.compute * 100:.0f} %, communication {row.communication * 100:.0f} %, "
+            f"bubble {row.bubble * 100:.0f} %{planned}"
+        )
+        axes.text(0, lanes.index(row.device) + 0.5, text, fontsize=_SIZE_PT, va="center", color=GREY)
 
 
 def _draw_boxes(axes: Any, actions: Sequence[TimedAction], lanes: Sequence[str], scale: float) -> None:

@@ -8,15 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmp.records import TimedAction
+from fedmp.records import Plan, TimedAction
 
-__all__ = ["DeviceShares", "chrome_trace", "format_shares", "time_shares", "write_chrome_trace"]
+__all__ = [
+    "DeviceShares",
+    "chrome_trace",
+    "format_shares",
+    "predicted_busy",
+    "time_shares",
+    "write_chrome_trace",
+]
 
 _COMPUTES = ("forward", "backward", "step")
+_COMMUNICATES = ("send", "exchange")
 _COLOURS = {
     "forward": "thread_state_running",
     "backward": "thread_state_runnable",
     "send": "rail_load",
+    "exchange": "rail_load",
+    "step": "rail_response",
     "wait": "grey",
 }
 
@@ -28,7 +38,7 @@ class DeviceShares:
     Attributes:
         device: its name.
         compute: share of the step in forwards, backwards and the optimizer.
-        communication: share in packing and starting messages.
+        communication: share in packing and starting messages, and in exchanging gradients and norms.
         bubble: the rest: waiting for another device, or with nothing left to do.
         predicted_bubble: what the plan said; None if it said nothing.
     """
@@ -60,7 +70,7 @@ def time_shares(
     for name in dict.fromkeys(names):
         own = [action for action in actions if action.device == name]
         compute = sum(a.stop_s - a.start_s for a in own if a.kind in _COMPUTES) / max(span_s, 1e-12)
-        sending = sum(a.stop_s - a.start_s for a in own if a.kind == "send") / max(span_s, 1e-12)
+        sending = sum(a.stop_s - a.start_s for a in own if a.kind in _COMMUNICATES) / max(span_s, 1e-12)
         busy = None if predicted_busy is None else predicted_busy.get(name)
         rows.append(
             DeviceShares(
@@ -68,6 +78,14 @@ def time_shares(
             )
         )
     return rows
+
+
+def predicted_busy(plan: Plan) -> dict[str, float]:
+    """The share of a step that a plan expects each device to compute, by its name."""
+    busy_s = dict.fromkeys(plan.devices, 0.0)
+    for stage in plan.stages:
+        busy_s[stage.device] += plan.num_microbatches * (stage.forward_s + stage.backward_s)
+    return {device: seconds / plan.step_s if plan.step_s > 0 else 0.0 for device, seconds in busy_s.items()}
 
 
 def format_shares(shares: Sequence[DeviceShares]) -> str:
