@@ -234,9 +234,31 @@ def test_plan_json_is_json_and_nothing_else(fedmp: Command, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_takes_pipeline_choices_from_the_command_line(fedmp: Command, tmp_path: Path) -> None:
+    answer = fedmp(
+        "run",
+        *TINY,
+        "run_dir=run",
+        "schedule=v_shape",
+        "model.hidden=[16,12,10]",
+        "pipeline.checkpoint=[0]",
+        "pipeline.autocast=bf16",
+        "max_gradient_norm=1",
+        "accumulate_batches=2",
+    )
+    assert (answer.code, answer.err) == (0, "")
+    plans = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert {plan["schedule"] for plan in plans.values()} == {"v-shape"}
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["pipeline"]["checkpoint"] == [0]
+    assert (config["max_gradient_norm"], config["accumulate_batches"]) == (1.0, 2)
+
+
 # what does not
 
 WRONG = {
+    "unknown pipeline key": (["pipeline.checkpont=true"], r"unknown key pipeline.checkpont"),
+    "wrong compression": (["pipeline.compress_gradients=int4"], r"pipeline.compress_gradients is 'int4'"),
     "unknown key": (["rouns=3"], r"unknown key rouns; did you mean rounds\?"),
     "unknown group": (["colour=red"], "unknown key colour; there are model, "),
     "unknown choice": (["model=cnnn"], "group model has no choice 'cnnn'; there are cnn, "),
