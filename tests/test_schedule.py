@@ -22,6 +22,7 @@ from fedmp.schedule import (
     check_actions,
     check_placed_actions,
     peak_in_flight,
+    placed_schedule_by_name,
     schedule_by_name,
 )
 
@@ -182,3 +183,75 @@ def test_the_checker_agrees_with_brute_force_on_random_lists(
     else:
         with pytest.raises(ValueError, match="deadlocks"):
             check_actions(actions, num_microbatches)
+
+
+def placed_lists_run(actions: list[list[PlacedAction]]) -> bool:
+    """Brute force where devices have several stages and backwards may be split."""
+    last = max(action.stage for listed in actions for action in listed)
+    done: set[PlacedAction] = set()
+    at = [0] * len(actions)
+
+    def is_done(kinds: tuple[ActionKind, ...], microbatch: int, stage: int) -> bool:
+        return any(PlacedAction(kind, microbatch, stage) in done for kind in kinds)
+
+    while True:
+        moved = False
+        for device, listed in enumerate(actions):
+            if at[device] == len(listed):
+                continue
+            kind, microbatch, stage = listed[at[device]]
+            if kind is F:
+                ready = stage == 0 or is_done((F,), microbatch, stage - 1)
+            elif kind is W:
+                ready = is_done((OF_INPUT,), microbatch, stage)
+            else:
+                ready = is_done((F,), microbatch, stage)
+                ready &= stage == last or is_done((B, OF_INPUT), microbatch, stage + 1)
+            if ready:
+                done.add(listed[at[device]])
+                at[device] += 1
+                moved = True
+        if not moved:
+            return all(p == len(listed) for p, listed in zip(at, actions, strict=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(PLACED), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**32), st.integers(0, 5)
+)
+def test_the_checker_agrees_with_brute_force_on_random_placed_lists(
+    schedule: PlacedSchedule, num_devices: int, num_microbatches: int, seed: int, swaps: int
+) -> None:
+    generator = random.Random(seed)
+    actions = schedule.placed_actions(num_devices, num_microbatches)
+    placement = schedule.placement(num_devices)
+    for _ in range(swaps):
+        listed = generator.choice(actions)
+        i, j = generator.randrange(len(listed)), generator.randrange(len(listed))
+        listed[i], listed[j] = listed[j], listed[i]
+    if placed_lists_run(actions):
+        peaks = check_placed_actions(actions, placement, num_microbatches)
+        alive = [0] * num_devices
+        for device, listed in enumerate(actions):
+            held: set[tuple[int, int]] = set()
+            for kind, microbatch, stage in listed:
+                if kind is F:
+                    held.add((microbatch, stage))
+                elif kind is not OF_INPUT:
+                    held.remove((microbatch, stage))
+                alive[device] = max(alive[device], len(held))
+        assert peaks == alive
+    else:
+        with pytest.raises(ValueError, match="deadlocks"):
+            check_placed_actions(actions, placement, num_microbatches)
+
+
+def test_a_placed_schedule_has_a_name_that_finds_it() -> None:
+    for schedule in PLACED:
+        assert placed_schedule_by_name(schedule.name) == schedule
+    for name in ("1f1b", "interleaved-2", "interleaved-1", "interleaved-x", ""):
+        assert placed_schedule_by_name(name) is None
+    with pytest.raises(ValueError, match="several stages"):
+        schedule_by_name("v-shape")
+    with pytest.raises(ValueError, match=r"unknown schedule 'v'; use one of .*'v-shape'"):
+        schedule_by_name("v")

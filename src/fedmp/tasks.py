@@ -19,22 +19,22 @@ __all__ = ["CrossEntropy", "MeanLoss", "Task", "as_task"]
 
 @runtime_checkable
 class Task(Protocol):
-    """A training objective."""
+    """A training objective. Targets are a tensor, or whatever else the task and its data agree on."""
 
     @property
     def has_accuracy(self) -> bool:
         """Whether `num_correct` means anything."""
         ...
 
-    def weight(self, targets: torch.Tensor) -> float:
+    def weight(self, targets: Any) -> float:
         """How much these targets count: the number of terms in their loss."""
         ...
 
-    def loss_sum(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
+    def loss_sum(self, output: Any, targets: Any) -> torch.Tensor:
         """The loss summed over its terms; a scalar."""
         ...
 
-    def num_correct(self, output: Any, targets: torch.Tensor) -> float:
+    def num_correct(self, output: Any, targets: Any) -> float:
         """How many of the terms are predicted correctly; 0 where that means nothing."""
         ...
 

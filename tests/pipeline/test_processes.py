@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fedmp.pipeline import MicroBatches
 from fedmp.stages import model_state
 from tests.pipeline.harness import cut, own_stages, traced
-from tests.pipeline.processes import Pair, Part, be_silent, disagree, recover, train
+from tests.pipeline.processes import Pair, Part, be_silent, disagree, predict, recover, train
 from tests.support.models import CASES
 
 
@@ -114,3 +114,11 @@ def test_a_silent_peer_is_an_error_after_the_deadline(pair: Pair) -> None:
     error, seconds = pair.run(be_silent, parts, cut(CASES["mlp"][1](4, 0), 2))[1]
     assert error == "DeadlineError"
     assert 0.4 < seconds < 10
+
+
+def test_the_first_process_gets_the_outputs_if_it_wants_them(pair: Pair) -> None:
+    model, parts = parts_of("cnn")
+    inputs, targets = CASES["cnn"][1](7, 1)
+    found = pair.run(predict, parts, cut((inputs, targets), 3))
+    torch.testing.assert_close(torch.cat(found[0]), model.eval()(inputs))
+    assert found[1] == []

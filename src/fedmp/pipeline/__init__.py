@@ -5,8 +5,9 @@ from __future__ import annotations
 from fedmp.pipeline.compression import Compression
 from fedmp.pipeline.microbatches import BatchResult, MicroBatches, microbatch_sizes
 from fedmp.pipeline.options import Pace, RunnerOptions
-from fedmp.pipeline.runner import DeviceRunner, StageRunner
+from fedmp.pipeline.runner import DeviceRunner
 from fedmp.pipeline.settings import PipelineSettings
+from fedmp.pipeline.stage_runner import StageRunner
 from fedmp.pipeline.transport import (
     DistributedTransport,
     Pending,

@@ -34,6 +34,8 @@ class FrameKind(IntEnum):
     GRADIENT = 2
     TIED_GRADIENT = 3
     NORM = 4
+    OUTPUT_DESCRIPTION = 5
+    OUTPUT = 6
 
 
 class FrameTag(NamedTuple):

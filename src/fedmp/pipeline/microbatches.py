@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,12 +36,12 @@ class MicroBatches:
     Attributes:
         sizes: samples of each micro-batch; known to every stage.
         inputs: tensors of each micro-batch; only the first stage has them.
-        targets: of each micro-batch; only the last stage has them.
+        targets: of each micro-batch, a tensor or whatever else the task takes; only the last stage has them.
     """
 
     sizes: Sequence[int]
     inputs: Sequence[Sequence[torch.Tensor]] | None = None
-    targets: Sequence[torch.Tensor] | None = None
+    targets: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,26 @@ from typing import Any
 import torch
 
 from fedmp.errors import PipelineError
+from fedmp.pipeline.clock import Clock
+from fedmp.pipeline.evaluation import Evaluation
 from fedmp.pipeline.gradients import clip_gradients, sum_tied_gradients
 from fedmp.pipeline.links import Handover, StepId
 from fedmp.pipeline.microbatches import BatchResult, MicroBatches
 from fedmp.pipeline.options import RunnerOptions
+from fedmp.pipeline.orders import Order, order_of
 from fedmp.pipeline.rewrite import RandomKey
 from fedmp.pipeline.stage_work import StageWork
 from fedmp.pipeline.transport import Transport
 from fedmp.pipeline.wiring import Part, wire
 from fedmp.records import TimedAction
-from fedmp.schedule import Action, ActionKind, PlacedAction, PlacedSchedule, Schedule, peak_in_flight
+from fedmp.schedule import ActionKind, PlacedAction, PlacedSchedule, Schedule
 from fedmp.stages import Stage
 from fedmp.tasks import Task
 
-__all__ = ["DeviceRunner", "StageRunner"]
+__all__ = ["DeviceRunner"]
 
 _GRADIENTS_AHEAD = 2
-_EVALUATED_AHEAD = 3
+_TAKES_GRADIENT = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 _DEFAULT_OPTIONS = RunnerOptions()
 
 
@@ -76,17 +79,16 @@ class DeviceRunner:
         if transport is None and len(placement) > 1:
             raise ValueError(f"{len(placement)} devices need a transport between them")
         self.stages = list(stages)
-        self.observe = observe
         self.task = task
         self._transport = transport
         self._device = device
         self._placement = tuple(map(tuple, placement))
         self._options = options
-        self._device_name = device_name
+        self._clock = Clock(device_name, options.pace, observe)
         self._key = RandomKey(seed)
         self._works = [StageWork(stage, task, options, self._key) for stage in stages]
         self._num_stages = stages[0].blueprint.num_stages
-        self._orders: dict[tuple[object, int], tuple[list[list[PlacedAction]], dict[int, int]]] = {}
+        self._orders: dict[tuple[object, int], Order] = {}
         self._is_broken = False
         self._bytes_before = 0
         self._wiring = wire(self._works, transport, device, self._placement, options)
@@ -99,6 +101,15 @@ class DeviceRunner:
     @seed.setter
     def seed(self, seed: int | None) -> None:
         self._key.seed = seed
+
+    @property
+    def observe(self) -> Callable[[TimedAction], None] | None:
+        """Called with every timed action; None measures nothing."""
+        return self._clock.observe
+
+    @observe.setter
+    def observe(self, observe: Callable[[TimedAction], None] | None) -> None:
+        self._clock.observe = observe
 
     @property
     def bytes_sent(self) -> int:
@@ -142,9 +153,9 @@ class DeviceRunner:
             PipelineError: a peer is gone, silent, or sent what does not belong here.
         """
         with self._working():
-            lists, peaks = self._order(schedule, len(batch.sizes))
-            mine = lists[self._device]
-            self._begin(batch, round, step, mine, peaks, total_weight)
+            order = self._order(schedule, len(batch.sizes))
+            mine = order.actions[self._device]
+            self._begin(batch, round, step, mine, order.peaks, total_weight)
             run = {
                 ActionKind.FORWARD: self._forward,
                 ActionKind.BACKWARD: self._backward,
@@ -165,13 +176,15 @@ class DeviceRunner:
         round: int,
         step: int,
         keep_outputs: Callable[[Any], None] | None = None,
+        outputs_on: int | None = None,
     ) -> BatchResult:
         """Run one batch forward in eval mode, without gradients.
 
         Args:
             batch: this device's part of it; targets may be missing.
             round, step: what the frames carry; the same on all devices.
-            keep_outputs: called on the last stage with the model's result for each micro-batch.
+            keep_outputs: called with the model's result for each micro-batch, in order, on one device.
+            outputs_on: that device's number; None for that of the last stage. The same on all devices.
 
         Returns:
             The batch's loss and correct predictions, on the last stage, if it has targets.
@@ -180,10 +193,9 @@ class DeviceRunner:
             PipelineError: a peer is gone, silent, or sent what does not belong here.
         """
         with self._working():
-            self._begin_evaluation(batch, round, step)
-            for microbatch in range(len(batch.sizes)):
-                for part in self._wiring.parts.values():
-                    self._evaluate(part, microbatch, batch, keep_outputs)
+            id = StepId(self._generation, round, step)
+            evaluation = Evaluation(self._wiring, self._transport, self._device, self._clock, id)
+            self._bytes_before += evaluation.run(batch, keep_outputs, outputs_on)
             result = self._result()
             self._finish()
         return result
@@ -211,9 +223,7 @@ class DeviceRunner:
 
     def note(self, kind: str, start_s: float) -> None:
         """Tell the observer of something that this device did from `start_s` until now, such as "step"."""
-        if self.observe is not None:
-            first = self.stages[0].blueprint.index
-            self.observe(TimedAction(self._device_name, first, kind, -1, start_s, time.perf_counter()))
+        self._clock.ended(kind, self.stages[0].blueprint.index, -1, start_s)
 
     def reconnect(self, transport: Transport | None) -> None:
         """Go on over a new transport, after an error or in a new generation.
@@ -233,15 +243,14 @@ class DeviceRunner:
     # one action
 
     def _forward(self, part: Part, microbatch: int, batch: MicroBatches) -> None:
-        inputs = self._take_inputs(part, microbatch, batch, training=True)
+        inputs = self._take_inputs(part, microbatch, batch)
         start_s = time.perf_counter()
         outputs = part.work.forward(microbatch, inputs)
-        self._sleep(start_s, ActionKind.FORWARD)
-        self._timed("forward", part, microbatch, start_s)
+        self._clock.computed(ActionKind.FORWARD, part.work.index, microbatch, start_s)
         if not part.work.is_last:
             start_s = time.perf_counter()
             part.outputs[True].send(microbatch, outputs)
-            self._timed("send", part, microbatch, start_s)
+            self._clock.ended("send", part.work.index, microbatch, start_s)
         if not part.work.is_first:
             part.inputs[True].post()
         if part.gradients is not None:
@@ -253,23 +262,22 @@ class DeviceRunner:
         if part.gradients is not None:
             start_s = time.perf_counter()
             gradients = part.gradients.take(microbatch)
-            self._timed("wait", part, microbatch, start_s)
+            self._clock.ended("wait", work.index, microbatch, start_s)
         start_s = time.perf_counter()
         of_inputs = work.backward(microbatch, gradients)
-        self._sleep(start_s, ActionKind.BACKWARD_INPUT if work.keeps_for_weights else ActionKind.BACKWARD)
-        self._timed("backward", part, microbatch, start_s)
+        kind = ActionKind.BACKWARD_INPUT if work.keeps_for_weights else ActionKind.BACKWARD
+        self._clock.computed(kind, work.index, microbatch, start_s)
         if part.input_gradients is not None:
             start_s = time.perf_counter()
             part.input_gradients.send(microbatch, of_inputs)
-            self._timed("send", part, microbatch, start_s)
+            self._clock.ended("send", work.index, microbatch, start_s)
         if not work.keeps_for_weights:
             self._release(part, microbatch)
 
     def _backward_weight(self, part: Part, microbatch: int, batch: MicroBatches) -> None:
         start_s = time.perf_counter()
         part.work.backward_weight(microbatch)
-        self._sleep(start_s, ActionKind.BACKWARD_WEIGHT)
-        self._timed("backward", part, microbatch, start_s)
+        self._clock.computed(ActionKind.BACKWARD_WEIGHT, part.work.index, microbatch, start_s)
         self._release(part, microbatch)
 
     def _release(self, part: Part, microbatch: int) -> None:
@@ -280,41 +288,13 @@ class DeviceRunner:
             part.inputs[True].release(microbatch)
             part.inputs[True].post()
 
-    def _evaluate(
-        self,
-        part: Part,
-        microbatch: int,
-        batch: MicroBatches,
-        keep_outputs: Callable[[Any], None] | None,
-    ) -> None:
-        work = part.work
-        inputs = self._take_inputs(part, microbatch, batch, training=False)
-        start_s = time.perf_counter()
-        outputs = work.evaluate(microbatch, inputs)
-        self._sleep(start_s, ActionKind.FORWARD)
-        self._timed("forward", part, microbatch, start_s)
-        if not work.is_last:
-            link = part.outputs[False]
-            link.send(microbatch, _apart(outputs, inputs) if isinstance(link, Handover) else outputs)
-        else:
-            result = work.unflatten(_apart(outputs, inputs))
-            if keep_outputs is not None:
-                keep_outputs(result)
-            if batch.targets is not None:
-                work.score(result, microbatch)
-        if not work.is_first:
-            part.inputs[False].release(microbatch)
-            part.inputs[False].post()
-
-    def _take_inputs(
-        self, part: Part, microbatch: int, batch: MicroBatches, *, training: bool
-    ) -> Sequence[torch.Tensor]:
+    def _take_inputs(self, part: Part, microbatch: int, batch: MicroBatches) -> Sequence[torch.Tensor]:
         if part.work.is_first:
             assert batch.inputs is not None
             return batch.inputs[microbatch]
         start_s = time.perf_counter()
-        tensors = part.inputs[training].take(microbatch)
-        self._timed("wait", part, microbatch, start_s)
+        tensors = part.inputs[True].take(microbatch)
+        self._clock.ended("wait", part.work.index, microbatch, start_s)
         return tensors
 
     # one step
@@ -347,16 +327,6 @@ class DeviceRunner:
         for part in self._wiring.parts.values():
             part.work.begin(batch.targets, training=True, splits=splits, total_weight=total_weight)
 
-    def _begin_evaluation(self, batch: MicroBatches, round: int, step: int) -> None:
-        id, order = StepId(self._generation, round, step), range(len(batch.sizes))
-        for part in self._wiring.parts.values():
-            if not part.work.is_first:
-                part.inputs[False].begin(id, batch.sizes, order, _EVALUATED_AHEAD)
-                part.inputs[False].post()
-            if not part.work.is_last:
-                part.outputs[False].begin(id, batch.sizes, _EVALUATED_AHEAD + 1)
-            part.work.begin(batch.targets, training=False)
-
     def _result(self) -> BatchResult:
         last = self._wiring.parts.get(self._num_stages - 1)
         return BatchResult() if last is None else last.work.result()
@@ -376,27 +346,10 @@ class DeviceRunner:
         yield
         self._is_broken = False
 
-    def _order(
-        self, schedule: Schedule | PlacedSchedule, num_microbatches: int
-    ) -> tuple[list[list[PlacedAction]], dict[int, int]]:
-        """Every device's actions, and the most micro-batches that each stage holds."""
+    def _order(self, schedule: Schedule | PlacedSchedule, num_microbatches: int) -> Order:
         key = (schedule, num_microbatches)
         if key not in self._orders:
-            if isinstance(schedule, PlacedSchedule):
-                wanted = schedule.placement(len(self._placement))
-                if wanted != self._placement:
-                    raise ValueError(
-                        f"schedule {schedule.name} places stages {wanted}, not {self._placement}"
-                    )
-                lists = schedule.placed_actions(len(self._placement), num_microbatches)
-            else:
-                lists = _place(schedule.actions(self._num_stages, num_microbatches), self._placement)
-            peaks = {
-                stage: peak_in_flight([action for action in listed if action.stage == stage])
-                for listed, own in zip(lists, self._placement, strict=True)
-                for stage in own
-            }
-            self._orders[key] = lists, peaks
+            self._orders[key] = order_of(schedule, self._placement, num_microbatches)
         return self._orders[key]
 
     # links
@@ -404,82 +357,3 @@ class DeviceRunner:
     @property
     def _generation(self) -> int:
         return 0 if self._transport is None else self._transport.generation
-
-    def _sleep(self, start_s: float, kind: ActionKind) -> None:
-        """Make an action last as long as on the device that is emulated."""
-        pace = self._options.pace
-        if pace is None:
-            return
-        wanted_s = {ActionKind.FORWARD: pace.forward_s, ActionKind.BACKWARD: pace.backward_s}
-        rest_s = start_s + wanted_s.get(kind, pace.backward_s / 2) - time.perf_counter()
-        if rest_s > 0:
-            time.sleep(rest_s)
-
-    def _timed(self, kind: str, part: Part, microbatch: int, start_s: float) -> None:
-        if self.observe is not None:
-            stop_s = time.perf_counter()
-            self.observe(TimedAction(self._device_name, part.work.index, kind, microbatch, start_s, stop_s))
-
-
-class StageRunner(DeviceRunner):
-    """A device that runs one stage: its number is its stage's.
-
-    Args:
-        stage: this device's stage, with weights.
-        task: the loss; used on the last stage.
-        transport: to the other stages; None if the model is one stage.
-        options: how to run it.
-        seed: of dropout and other random calls; None leaves them to torch's global generator.
-        observe: called with every timed action; None measures nothing.
-        device_name: for the timed actions.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        task: Task,
-        transport: Transport | None = None,
-        *,
-        options: RunnerOptions = _DEFAULT_OPTIONS,
-        seed: int | None = None,
-        observe: Callable[[TimedAction], None] | None = None,
-        device_name: str = "",
-    ) -> None:
-        blueprint = stage.blueprint
-        if transport is None and blueprint.num_stages > 1:
-            raise ValueError(f"{blueprint.num_stages} stages need a transport between them")
-        super().__init__(
-            [stage],
-            task,
-            transport,
-            device=blueprint.index,
-            placement=[(index,) for index in range(blueprint.num_stages)],
-            options=options,
-            seed=seed,
-            observe=observe,
-            device_name=device_name,
-        )
-        self.stage = stage
-
-
-_TAKES_GRADIENT = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
-
-
-def _place(actions: list[list[Action]], placement: Sequence[Sequence[int]]) -> list[list[PlacedAction]]:
-    if any(len(own) != 1 for own in placement):
-        raise ValueError("a device with several stages needs a placed schedule, such as Interleaved")
-    return [
-        [PlacedAction(action.kind, action.microbatch, stage) for action in actions[stage]]
-        for (stage,) in placement
-    ]
-
-
-def _apart(outputs: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[Any]:
-    """Results that do not share memory with received frames, which will be used again."""
-    borrowed = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    return [
-        value.clone()
-        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in borrowed
-        else value
-        for value in outputs
-    ]

@@ -59,11 +59,11 @@ class StageWork:
         self._losses: list[torch.Tensor] = []
         self._correct = 0.0
         self._scale: torch.Tensor | None = None
-        self._targets: Sequence[torch.Tensor] = ()
+        self._targets: Sequence[Any] = ()
 
     def begin(
         self,
-        targets: Sequence[torch.Tensor] | None,
+        targets: Sequence[Any] | None,
         *,
         training: bool,
         splits: bool = False,
@@ -220,6 +220,7 @@ class StageWork:
         targets = self._targets[microbatch]
         if (
             isinstance(result, torch.Tensor)
+            and isinstance(targets, torch.Tensor)
             and result.dim() > 1
             and result.numel() * len(self._targets) < _SCORED_AT_ONCE
         ):
