@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch.nn import functional as F
 
 from fedmp.component import Component
@@ -44,9 +45,12 @@ class CrossEntropy(Component):
 
     Args:
         ignore_index: targets with this value do not count.
+        label_smoothing: share of each target that is spread over all classes (Szegedy et al., 2016, Rethinking
+            the Inception architecture, section 7).
     """
 
     ignore_index: int = -100
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @property
     def has_accuracy(self) -> bool:
@@ -60,7 +64,11 @@ class CrossEntropy(Component):
     def loss_sum(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed negative log-likelihood."""
         return F.cross_entropy(
-            output.flatten(0, -2), targets.flatten(), ignore_index=self.ignore_index, reduction="sum"
+            output.flatten(0, -2),
+            targets.flatten(),
+            ignore_index=self.ignore_index,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
         )
 
     def num_correct(self, output: torch.Tensor, targets: torch.Tensor) -> float:

@@ -106,6 +106,23 @@ def test_local_steps_are_counted_and_so_are_their_samples(
     assert max(visits.values()) - min(visits.get(sample, 0) for sample in range(num_samples)) <= 1
 
 
+def test_a_fraction_of_an_epoch_rounds_up_to_whole_batches() -> None:
+    task = Visits()
+    plan = work(batch_size=4, local_epochs=0.25, num_microbatches=1)
+    trainer(task, plan, 23).train(round=1)
+    assert [len(part) for part in task.seen] == [4, 4]  # a quarter of six batches
+    assert plan.num_steps(23) == 2
+    assert plan.num_examples(23) == 8
+    assert plan.num_steps(3) == 1
+
+
+def test_smoothed_labels_are_charged_as_torch_charges_them() -> None:
+    logits, labels = torch.randn(6, 5), torch.tensor([0, 4, -100, 2, 1, 1])
+    task = CrossEntropy(label_smoothing=0.2)
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
+    torch.testing.assert_close(task.loss_sum(logits, labels) / task.weight(labels), expected)
+
+
 def test_the_last_batch_is_as_short_as_it_must_be() -> None:
     task = Visits()
     trainer(task, work(batch_size=4, num_microbatches=1), 10).train(round=1)

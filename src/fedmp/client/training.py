@@ -32,7 +32,7 @@ class LocalWork:
         schedule: of the pipeline.
         batch_size: samples in one pass through the pipeline.
         num_microbatches: into which each batch is cut.
-        local_epochs: passes over the client's data.
+        local_epochs: passes over the client's data; a fraction rounds up to whole batches.
         local_steps: if given, so many optimizer steps instead.
         seed: the job's.
         learning_rate, num_rounds: how the rate changes over so many rounds.
@@ -45,7 +45,7 @@ class LocalWork:
     schedule: Schedule | PlacedSchedule
     batch_size: int
     num_microbatches: int
-    local_epochs: int
+    local_epochs: float
     local_steps: int | None
     seed: int
     evaluate_first: bool
@@ -58,7 +58,7 @@ class LocalWork:
         """Batches in one round on so many samples."""
         if self.local_steps is not None:
             return self.local_steps * self.accumulate_batches
-        return self.local_epochs * math.ceil(num_samples / self.batch_size)
+        return max(1, math.ceil(self.local_epochs * math.ceil(num_samples / self.batch_size) - 1e-9))
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps in one round on so many samples."""

@@ -20,8 +20,8 @@ class Strategy(Protocol):
     """Who takes part, how much local work they do, and when a round may close."""
 
     @property
-    def local_epochs(self) -> int:
-        """Passes over the client's data in one round."""
+    def local_epochs(self) -> float:
+        """Passes over the client's data in one round; may be a fraction."""
         ...
 
     @property
@@ -43,14 +43,14 @@ class FedAvg(Component):
     """Local training on a sampled cohort, then the sample-weighted mean of the updates.
 
     Args:
-        local_epochs: passes over the client's data in one round.
+        local_epochs: passes over the client's data in one round; 0.25 averages four times in a pass.
         local_steps: if given, so many optimizer steps instead, going round the data as often as needed.
         fraction: share of the clients in each round's cohort; at least one client.
         keep_statistics_local: leave batch-norm statistics at the clients instead of averaging them
             (the server's own copy then stays as it began).
     """
 
-    local_epochs: int = Field(default=1, ge=1)
+    local_epochs: float = Field(default=1, gt=0)
     local_steps: int | None = Field(default=None, ge=1)
     fraction: float = Field(default=1.0, gt=0, le=1)
     keep_statistics_local: bool = False
