@@ -40,11 +40,12 @@ def random_instance(
     num_microbatches: tuple[int, ...] = (1, 2, 3, 5, 8),
     spread: float = 10.0,
     can_bind: bool = True,
+    can_rule: bool = False,
 ) -> Instance:
     """Unequal layers, devices and links; some devices alike, some parameters tied, some cuts forbidden.
 
     With `can_bind`, half of the problems have devices that hold only part of the model, and a few are
-    infeasible.
+    infeasible; with `can_rule`, a third have forced cuts and layers pinned to devices.
     """
     rng = random.Random(seed)
     layers = rng.randint(*num_layers)
@@ -87,7 +88,27 @@ def random_instance(
         if rng.random() < 0.5
     }
     links = Links(default=Link(1e8, 1e-4), pairs=pairs if rng.random() < 0.7 else {})
+    if can_rule and seed % 3 == 0:
+        profile = _with_rules(profile, devices, rng)
     return Instance(profile, devices, links, rng.choice(num_microbatches))
+
+
+def _with_rules(profile: Profile, devices: tuple[Device, ...], rng: random.Random) -> Profile:
+    """Some cuts forced, some layers pinned; sometimes more than any plan can keep."""
+    names = [device.name for device in rng.sample(devices, len(devices))]
+    layers = []
+    for index, layer in enumerate(profile.layers):
+        share = index / len(profile.layers) * len(names)
+        device = names[min(int(share + rng.uniform(-0.3, 0.3)), len(names) - 1)]
+        layers.append(
+            layer.model_copy(
+                update={
+                    "must_cut_after": layer.can_cut_after and rng.random() < 0.15,
+                    "device": device if rng.random() < 0.25 else None,
+                }
+            )
+        )
+    return profile.model_copy(update={"layers": tuple(layers)})
 
 
 def brute_force(instance: Instance, schedules: tuple[str, ...]) -> Best:
@@ -108,10 +129,17 @@ def brute_force(instance: Instance, schedules: tuple[str, ...]) -> Best:
 def plain_step_s(
     instance: Instance, cuts: tuple[int, ...], devices: tuple[Device, ...], schedule: str
 ) -> float:
-    """Predicted seconds of one step, straight from the definitions; infinite if a stage does not fit."""
+    """Predicted seconds of one step, straight from the definitions; infinite if a stage does not fit or a rule
+    is broken."""
     profile = instance.profile
     size = math.ceil(profile.batch_size / instance.num_microbatches)
     edges = [0, *cuts, len(profile.layers)]
+    for stage, device in enumerate(devices):
+        inside = profile.layers[edges[stage] : edges[stage + 1]]
+        if any(layer.must_cut_after for layer in inside[:-1]):
+            return math.inf
+        if any(layer.device not in (None, device.name) for layer in inside):
+            return math.inf
     actions = schedule_by_name(schedule).actions(len(devices), instance.num_microbatches)
     forward, backward, send, gradient = [], [], [], []
     for stage, device in enumerate(devices):

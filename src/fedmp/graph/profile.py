@@ -103,6 +103,8 @@ def _layer(
         activation_bytes=sum(call.saved_bytes for call in calls[start:stop]) / num_samples,
         boundary_bytes=sum(_num_bytes(node, mode, num_samples) for node in live) / num_samples,
         gradient_bytes=sum(_num_bytes(node, mode, num_samples) for node in real) / num_samples,
+        must_cut_after=layer.must_cut_after,
+        device=layer.device,
     )
 
 

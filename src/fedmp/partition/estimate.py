@@ -8,7 +8,7 @@ integers or whole numpy arrays of them and computes both the same way, bit for b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -44,6 +44,9 @@ class CostModel:
     _buffer_bytes: Array
     _boundary_bytes: Array
     _gradient_bytes: Array
+    _forced: Array
+    _pinned: Array
+    _pinned_to: Mapping[str, Array]
 
     @property
     def num_layers(self) -> int:
@@ -54,6 +57,19 @@ class CostModel:
         """Where the model may be cut, with 0 and `num_layers`, ascending."""
         cuttable = [i + 1 for i, layer in enumerate(self.profile.layers[:-1]) if layer.can_cut_after]
         return [0, *cuttable, self.num_layers]
+
+    def forced_positions(self) -> list[int]:
+        """Where the model must be cut, ascending."""
+        return [i + 1 for i, layer in enumerate(self.profile.layers[:-1]) if layer.must_cut_after]
+
+    def num_broken(self, start: Any, stop: Any, device: Device) -> Any:
+        """How many rules layers `start` to `stop` break as a stage on `device`: forced cuts, others' layers."""
+        forced = self._forced[np.maximum(stop - 1, start)] - self._forced[start]
+        others = self._pinned[stop] - self._pinned[start]
+        if device.name in self._pinned_to:
+            own = self._pinned_to[device.name]
+            others = others - (own[stop] - own[start])
+        return forced + others
 
     def forward_s(self, start: Any, stop: Any, device: Device) -> Any:
         """Seconds of the forward of layers `start` to `stop` on `device`."""
@@ -147,6 +163,12 @@ def cost_model(profile: Profile, num_microbatches: int) -> CostModel:
         _buffer_bytes=_prefix([layer.buffer_bytes for layer in layers]),
         _boundary_bytes=size * _at_cuts([layer.boundary_bytes for layer in layers]),
         _gradient_bytes=size * _at_cuts([layer.gradient_bytes for layer in layers]),
+        _forced=_prefix([layer.must_cut_after for layer in layers]),
+        _pinned=_prefix([layer.device is not None for layer in layers]),
+        _pinned_to={
+            name: _prefix([layer.device == name for layer in layers])
+            for name in sorted({layer.device for layer in layers if layer.device is not None})
+        },
     )
 
 

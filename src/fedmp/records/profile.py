@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["LayerProfile", "Profile"]
 
@@ -24,6 +24,8 @@ class LayerProfile(BaseModel):
         boundary_bytes: what one sample sends forward if the model is cut right after this layer.
         gradient_bytes: what comes back through that cut for one sample.
         can_cut_after: whether a plan may cut right after this layer.
+        must_cut_after: whether every plan must cut right after this layer; the last layer never must.
+        device: name of the device that must run this layer; None for any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +39,14 @@ class LayerProfile(BaseModel):
     boundary_bytes: float = Field(default=0, ge=0)
     gradient_bytes: float = Field(default=0, ge=0)
     can_cut_after: bool = True
+    must_cut_after: bool = False
+    device: str | None = None
+
+    @model_validator(mode="after")
+    def _must_implies_can(self) -> LayerProfile:
+        if self.must_cut_after and not self.can_cut_after:
+            raise ValueError(f"layer {self.name!r} must be cut after, but may not be cut after")
+        return self
 
 
 class Profile(BaseModel):
