@@ -61,8 +61,10 @@ def random_instance(
                 parameters=tuple(sorted({f"p{index}", f"p{tied[index]}"})),
                 buffer_bytes=rng.randint(0, 3) * 100,
                 activation_bytes=float(rng.randint(0, 60) * 100),
+                workspace_bytes=float(rng.randint(0, 60) * 100),
                 boundary_bytes=float(rng.randint(0, 60) * 100),
                 gradient_bytes=float(rng.randint(0, 60) * 100),
+                reused_bytes=float(rng.randint(0, 20) * 100),
                 can_cut_after=rng.random() < 0.9,
             )
             for index in range(layers)
@@ -150,13 +152,10 @@ def plain_step_s(
         backward.append(size * sum(layer.backward_s for layer in inside) * slowness)
         names = {name for layer in inside for name in layer.parameters}
         weights = sum(profile.parameter_bytes[name] for name in names)
-        ends = [profile.layers[index - 1] for index in (start, stop) if 0 < index < len(profile.layers)]
-        memory = (
-            weights * (2 + profile.optimizer_copies)
-            + sum(layer.buffer_bytes for layer in inside)
-            + peak_in_flight(actions[stage]) * size * sum(layer.activation_bytes for layer in inside)
-            + size * sum(layer.boundary_bytes + layer.gradient_bytes for layer in ends)
-        )
+        memory = profile.process_bytes + weights * (2 + profile.optimizer_copies)
+        memory += sum(layer.buffer_bytes for layer in inside)
+        memory += size * plain_activations(profile, start, stop, peak_in_flight(actions[stage]))
+        memory += size * plain_frames(profile, start, stop, peak_in_flight(actions[stage]), instance)
         if memory > device.memory_bytes:
             return math.inf
         if stop < len(profile.layers):
@@ -164,6 +163,27 @@ def plain_step_s(
             send.append(link.transfer_s(size * profile.layers[stop - 1].boundary_bytes))
             gradient.append(link.transfer_s(size * profile.layers[stop - 1].gradient_bytes))
     return plain_simulation(forward, backward, send, gradient, actions)
+
+
+def plain_activations(profile: Profile, start: int, stop: int, in_flight: int) -> float:
+    """What a sample of each micro-batch in flight keeps, while the backward of one of them is on its way back."""
+    kept = [layer.activation_bytes for layer in profile.layers[start:stop]]
+    received = profile.layers[start - 1].reused_bytes if start else 0.0
+    workspaces = [layer.workspace_bytes for layer in profile.layers[start:stop]]
+    on_the_way = max(sum(kept[: at + 1]) + space for at, space in enumerate(workspaces))
+    return in_flight * max(sum(kept) - received, 0.0) + max(on_the_way - sum(kept), 0.0)
+
+
+def plain_frames(profile: Profile, start: int, stop: int, in_flight: int, instance: Instance) -> float:
+    """What a sample of each micro-batch takes in messages that come, wait, or go."""
+    count, layers, total = instance.num_microbatches, profile.layers, 0.0
+    if start > 0:
+        total += min(in_flight + 1, count) * layers[start - 1].boundary_bytes
+        total += min(in_flight + 3, count) * layers[start - 1].gradient_bytes
+    if stop < len(layers):
+        total += min(in_flight + 1, count) * layers[stop - 1].boundary_bytes
+        total += min(2, count) * layers[stop - 1].gradient_bytes
+    return total
 
 
 def plain_simulation(forward, backward, send, gradient, actions) -> float:  # type: ignore[no-untyped-def]
