@@ -252,6 +252,8 @@ def test_a_run_takes_pipeline_choices_from_the_command_line(fedmp: Command, tmp_
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["pipeline"]["checkpoint"] == [0]
     assert (config["max_gradient_norm"], config["accumulate_batches"]) == (1.0, 2)
+
+
 def test_cut_rules_measured_costs_and_leaves_come_from_the_command_line(fedmp: Command) -> None:
     answer = fedmp(
         *("plan", *TINY, "--json", "costs=measured", "partitioner=exact"),

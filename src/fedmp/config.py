@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from fedmp.engine import Centralized, Engine, Job
 from fedmp.errors import ConfigError, FedmpError
-from fedmp.pipeline import PipelineSettings
 from fedmp.graph import CutRules
 from fedmp.partition.api import Costs
+from fedmp.pipeline import PipelineSettings
 from fedmp.topology import Topology
 
 __all__ = ["CentralizedConfig", "RunConfig", "config_dir", "load_config"]

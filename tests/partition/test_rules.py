@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
 import pytest
 
 from fedmp.errors import PlanError
 from fedmp.partition import Balanced, Exact, Partitioner, Uniform, build_plan, check_partitioner
 from fedmp.partition.contract import contract_cases
+from fedmp.partition.placed_events import place
 from fedmp.records import LayerProfile, Profile
 from fedmp.topology import Device, Links
 
@@ -73,6 +77,25 @@ def test_many_different_devices_keep_pins_and_forced_cuts() -> None:
     plan = Exact(max_cells=1).plan(profile, devices, Links(), num_microbatches=8)
     assert 4 in plan.cuts
     assert (plan.stages[0].device, plan.stages[-1].device) == ("d7", "d2")
+
+
+@pytest.mark.parametrize("schedule", ["v-shape", "interleaved"])
+def test_rules_hold_where_a_device_has_several_stages(schedule: str) -> None:
+    pins = {"v-shape": {0: "b", 5: "b"}, "interleaved": {0: "b", 5: "a"}}[schedule]
+    profile = six_layers(force=(3,), pins=pins)
+    best = Exact(schedule=schedule).plan(profile, [A, B], Links(), num_microbatches=4)
+    assert best.placement in (((0, 3), (1, 2)), ((0, 2), (1, 3)))
+    steps = []
+    for cuts in itertools.combinations(range(1, 6), 3):
+        for order in ([A, B], [B, A]):
+            devices = [order[device] for device in place(schedule, 2, 4).device_of]
+            with contextlib.suppress(PlanError):
+                steps.append(
+                    build_plan(profile, devices, cuts, Links(), num_microbatches=4, schedule=schedule).step_s
+                )
+    assert best.step_s == pytest.approx(min(steps), rel=1e-9)
+    with pytest.raises(PlanError, match="keep.* the forced cuts and pinned layers"):
+        Balanced(schedule=schedule).plan(profile, [A, B], Links(), num_microbatches=4)
 
 
 def test_build_plan_refuses_a_broken_rule() -> None:

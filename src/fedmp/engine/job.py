@@ -16,8 +16,8 @@ from fedmp.errors import ConfigError
 from fedmp.graph import CutRules
 from fedmp.learning_rate import Constant, LearningRate
 from fedmp.partition import Partitioner
-from fedmp.pipeline import PipelineSettings
 from fedmp.partition.api import Costs
+from fedmp.pipeline import PipelineSettings
 from fedmp.records import Observer, Plan, RoundRecord, Summary
 from fedmp.schedule import OneFOneB, PlacedSchedule, Schedule
 from fedmp.strategy import FedAvg, Strategy

@@ -11,9 +11,9 @@ from fedmp.component import Component
 from fedmp.errors import PlanError
 from fedmp.partition.bound import step_bound_s
 from fedmp.partition.build import build_plan, check_devices
+from fedmp.partition.estimate import CostModel, cost_model
 from fedmp.partition.placed import step_bound_placed_s
 from fedmp.partition.placed_events import place
-from fedmp.partition.estimate import CostModel, cost_model
 from fedmp.partition.rules import check_rules
 from fedmp.partition.search import SCHEDULE_PATTERN
 from fedmp.records import Plan, Profile
