@@ -254,6 +254,21 @@ def test_a_run_takes_pipeline_choices_from_the_command_line(fedmp: Command, tmp_
     assert (config["max_gradient_norm"], config["accumulate_batches"]) == (1.0, 2)
 
 
+def test_cut_rules_measured_costs_and_leaves_come_from_the_command_line(fedmp: Command) -> None:
+    answer = fedmp(
+        *("plan", *TINY, "--json", "costs=measured", "partitioner=exact"),
+        *("cuts.force=[hidden.1]", "cuts.together=[[hidden.1,head]]", "cuts.devices={hidden.0: d1}"),
+    )
+    assert answer.code == 0, answer.err
+    plan = Plan.model_validate(json.loads(answer.out)["c0"])
+    assert [stage.device for stage in plan.stages] == ["d1", "d0"]
+    assert plan.layer_names == ("hidden.0", "hidden.1")
+    undecided = ("model={_target_: tests.support.plugins.Undecided}", "leaves=[inner]")
+    answer = fedmp("plan", *TINY, "--json", *undecided, "topology.clients.devices.count=1")
+    assert answer.code == 0, answer.err
+    assert Plan.model_validate(json.loads(answer.out)["c0"]).layer_names == ("inner",)
+
+
 # what does not
 
 WRONG = {
@@ -266,6 +281,14 @@ WRONG = {
         ["strategy.fration=0.5"],
         r"unknown key strategy\.fration; did you mean strategy\.fraction\?",
     ),
+    "unknown cut rule": (["cuts.forbd=[conv1]"], r"unknown key cuts\.forbd; did you mean cuts\.forbid\?"),
+    "cut rule without a module": (["cuts.forbid=[decoder]"], "no module of .* matches 'decoder'"),
+    "pin to a device that a client lacks": (
+        ["cuts.devices={hidden.*: d7}"],
+        "client c0: layer .* is to run on device 'd7', but there are only d0, d1",
+    ),
+    "leaf without a module": (["leaves=[decoder]"], "no module of .* matches the leaf 'decoder'"),
+    "unknown costs": (["costs=guessed"], "costs is 'guessed': .*'flops' or 'measured'"),
     "unknown field of an optimizer": (["optimizer.lrr=1"], r"optimizer .*SGD.*lrr"),
     "unknown field of a topology": (["topology.clients.colour=red"], r"unknown key topology\..*colour"),
     "value of another kind": (["rounds=many"], "rounds is 'many': .*integer"),

@@ -16,7 +16,19 @@ import fedmp
 import fedmp.errors
 
 PROMISED = {
-    *("Centralized", "Client", "CrossEntropy", "Device", "FedmpError", "Job", "Link", "Links", "MeanLoss"),
+    *(
+        "Centralized",
+        "Chain",
+        "Client",
+        "CrossEntropy",
+        "CutRules",
+        "Device",
+        "FedmpError",
+        "Job",
+        "Link",
+        "Links",
+        "MeanLoss",
+    ),
     *("Plan", "Result", "Topology", "__version__", "merge", "partition", "run_stages", "split"),
 }
 

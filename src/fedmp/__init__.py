@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedmp.engine import Centralized, Job, Result
     from fedmp.errors import FedmpError
+    from fedmp.graph import Chain, CutRules
     from fedmp.partition.api import partition
     from fedmp.records import Plan
     from fedmp.stages import merge, run_stages, split
@@ -30,8 +31,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Centralized": "fedmp.engine",
+    "Chain": "fedmp.graph",
     "Client": "fedmp.topology",
     "CrossEntropy": "fedmp.tasks",
+    "CutRules": "fedmp.graph",
     "Device": "fedmp.topology",
     "FedmpError": "fedmp.errors",
     "Job": "fedmp.engine",
@@ -48,8 +51,10 @@ _HOMES = {
 
 __all__ = [
     "Centralized",
+    "Chain",
     "Client",
     "CrossEntropy",
+    "CutRules",
     "Device",
     "FedmpError",
     "Job",

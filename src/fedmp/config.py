@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from fedmp.engine import Centralized, Engine, Job
 from fedmp.errors import ConfigError, FedmpError
+from fedmp.graph import CutRules
+from fedmp.partition.api import Costs
 from fedmp.pipeline import PipelineSettings
 from fedmp.topology import Topology
 
@@ -61,6 +63,9 @@ class RunConfig(BaseModel):
     task: dict[str, Any]
     partitioner: dict[str, Any]
     schedule: dict[str, Any]
+    cuts: CutRules = CutRules()
+    costs: Costs = "flops"
+    leaves: tuple[str, ...] = ()
     strategy: dict[str, Any]
     aggregator: dict[str, Any]
     optimizer: dict[str, Any]
@@ -105,6 +110,9 @@ class RunConfig(BaseModel):
             partitioner=_component("partitioner", self.partitioner),
             schedule=_component("schedule", self.schedule),
             pipeline=self.pipeline,
+            cuts=self.cuts,
+            costs=self.costs,
+            leaves=self.leaves,
             rounds=self.rounds,
             batch_size=self.batch_size,
             num_microbatches=self.num_microbatches,
@@ -209,9 +217,15 @@ def _explain(prefix: str, error: ValidationError, known: list[str]) -> str:
     first = error.errors()[0]
     where = prefix + ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        name = str(first["loc"][-1])
-        near = difflib.get_close_matches(name, known, 1) if len(first["loc"]) == 1 else []
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}"
+        *outer, name = map(str, first["loc"])
+        if outer:
+            groups: dict[str, type[BaseModel]] = {"cuts": CutRules, "topology": Topology}
+            groups["centralized"] = CentralizedConfig
+            group = groups.get(prefix + ".".join(outer))
+            known = list(group.model_fields) if group else []
+        near = difflib.get_close_matches(name, known, 1)
+        inside = prefix + "".join(f"{part}." for part in outer)
+        hint = f"did you mean {inside}{near[0]}?" if near else f"there are {', '.join(known) or 'others'}"
         return f"unknown key {where}; {hint}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":

@@ -124,7 +124,7 @@ def test_a_chain_works_though_nothing_in_it_can_be_traced() -> None:
 
 
 def test_a_pattern_that_matches_nothing_says_which_modules_there_are() -> None:
-    with pytest.raises(ValueError, match=r"no module of Model matches the leaf 'od'.*'first', 'odd'"):
+    with pytest.raises(TraceError, match=r"no module of Model matches the leaf 'od'.*'first', 'odd'"):
         trace(build(Model()), *inputs(3), leaves=("od",))
 
 

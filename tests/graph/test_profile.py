@@ -16,10 +16,39 @@ def test_bytes_and_operations_of_linear_layers_are_exact() -> None:
     model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 256))
     costs = profile(trace(model, (torch.zeros(512, 64),)))
     first, second = costs.layers
-    assert (first.activation_bytes, second.activation_bytes) == (64 * 4, 128 * 4)  # each saves its input
-    assert (first.boundary_bytes, first.gradient_bytes) == (128 * 4, 128 * 4)
+    # each saves its input, and the loss after the last one its own
+    assert (first.activation_bytes, second.activation_bytes) == (64 * 4, (128 + 256) * 4)
+    # gradients of input and result; the model's input has none
+    assert (first.workspace_bytes, second.workspace_bytes) == (128 * 4, (128 + 256) * 4)
+    assert (first.boundary_bytes, first.gradient_bytes, first.reused_bytes) == (128 * 4, 128 * 4, 128 * 4)
     assert second.forward_s * costs.reference_flops_per_s == pytest.approx(2 * 128 * 256, rel=0.5)
     assert costs.parameter_bytes["1.weight"] == 128 * 256 * 4
+
+
+class Skip(nn.Module):
+    """Two layers that an addition passes by, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Conv1d(1, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = x + self.third(torch.sin(self.second(x)))
+        return self.head(x.unsqueeze(1))
+
+
+def test_gradients_that_wait_for_others_are_part_of_the_workspace() -> None:
+    first, second, third, head = profile(trace(Skip(), (torch.zeros(4, 8),))).layers
+    row = 8 * 4
+    # of what the layer takes and gives, and of what passes it by
+    assert (first.workspace_bytes, second.workspace_bytes, third.workspace_bytes) == (row, 3 * row, 3 * row)
+    # of the input and four channels, and a convolution's copies
+    assert head.workspace_bytes == (1 + 4) * row + 2 * 4 * row
+    # the second keeps its input, which it is handed, and the sine's argument; the sine is the third's to keep
+    assert (first.reused_bytes, second.activation_bytes) == (row, 2 * row)
+    assert (second.reused_bytes, third.activation_bytes) == (row, row)
 
 
 @pytest.mark.parametrize("name", CASES)

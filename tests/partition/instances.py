@@ -40,11 +40,12 @@ def random_instance(
     num_microbatches: tuple[int, ...] = (1, 2, 3, 5, 8),
     spread: float = 10.0,
     can_bind: bool = True,
+    can_rule: bool = False,
 ) -> Instance:
     """Unequal layers, devices and links; some devices alike, some parameters tied, some cuts forbidden.
 
     With `can_bind`, half of the problems have devices that hold only part of the model, and a few are
-    infeasible.
+    infeasible; with `can_rule`, a third have forced cuts and layers pinned to devices.
     """
     rng = random.Random(seed)
     layers = rng.randint(*num_layers)
@@ -60,8 +61,10 @@ def random_instance(
                 parameters=tuple(sorted({f"p{index}", f"p{tied[index]}"})),
                 buffer_bytes=rng.randint(0, 3) * 100,
                 activation_bytes=float(rng.randint(0, 60) * 100),
+                workspace_bytes=float(rng.randint(0, 60) * 100),
                 boundary_bytes=float(rng.randint(0, 60) * 100),
                 gradient_bytes=float(rng.randint(0, 60) * 100),
+                reused_bytes=float(rng.randint(0, 20) * 100),
                 can_cut_after=rng.random() < 0.9,
             )
             for index in range(layers)
@@ -87,7 +90,27 @@ def random_instance(
         if rng.random() < 0.5
     }
     links = Links(default=Link(1e8, 1e-4), pairs=pairs if rng.random() < 0.7 else {})
+    if can_rule and seed % 3 == 0:
+        profile = _with_rules(profile, devices, rng)
     return Instance(profile, devices, links, rng.choice(num_microbatches))
+
+
+def _with_rules(profile: Profile, devices: tuple[Device, ...], rng: random.Random) -> Profile:
+    """Some cuts forced, some layers pinned; sometimes more than any plan can keep."""
+    names = [device.name for device in rng.sample(devices, len(devices))]
+    layers = []
+    for index, layer in enumerate(profile.layers):
+        share = index / len(profile.layers) * len(names)
+        device = names[min(int(share + rng.uniform(-0.3, 0.3)), len(names) - 1)]
+        layers.append(
+            layer.model_copy(
+                update={
+                    "must_cut_after": layer.can_cut_after and rng.random() < 0.15,
+                    "device": device if rng.random() < 0.25 else None,
+                }
+            )
+        )
+    return profile.model_copy(update={"layers": tuple(layers)})
 
 
 def brute_force(instance: Instance, schedules: tuple[str, ...]) -> Best:
@@ -108,10 +131,17 @@ def brute_force(instance: Instance, schedules: tuple[str, ...]) -> Best:
 def plain_step_s(
     instance: Instance, cuts: tuple[int, ...], devices: tuple[Device, ...], schedule: str
 ) -> float:
-    """Predicted seconds of one step, straight from the definitions; infinite if a stage does not fit."""
+    """Predicted seconds of one step, straight from the definitions; infinite if a stage does not fit or a rule
+    is broken."""
     profile = instance.profile
     size = math.ceil(profile.batch_size / instance.num_microbatches)
     edges = [0, *cuts, len(profile.layers)]
+    for stage, device in enumerate(devices):
+        inside = profile.layers[edges[stage] : edges[stage + 1]]
+        if any(layer.must_cut_after for layer in inside[:-1]):
+            return math.inf
+        if any(layer.device not in (None, device.name) for layer in inside):
+            return math.inf
     actions = schedule_by_name(schedule).actions(len(devices), instance.num_microbatches)
     forward, backward, send, gradient = [], [], [], []
     for stage, device in enumerate(devices):
@@ -122,13 +152,10 @@ def plain_step_s(
         backward.append(size * sum(layer.backward_s for layer in inside) * slowness)
         names = {name for layer in inside for name in layer.parameters}
         weights = sum(profile.parameter_bytes[name] for name in names)
-        ends = [profile.layers[index - 1] for index in (start, stop) if 0 < index < len(profile.layers)]
-        memory = (
-            weights * (2 + profile.optimizer_copies)
-            + sum(layer.buffer_bytes for layer in inside)
-            + peak_in_flight(actions[stage]) * size * sum(layer.activation_bytes for layer in inside)
-            + size * sum(layer.boundary_bytes + layer.gradient_bytes for layer in ends)
-        )
+        memory = profile.process_bytes + weights * (2 + profile.optimizer_copies)
+        memory += sum(layer.buffer_bytes for layer in inside)
+        memory += size * plain_activations(profile, start, stop, peak_in_flight(actions[stage]))
+        memory += size * plain_frames(profile, start, stop, peak_in_flight(actions[stage]), instance)
         if memory > device.memory_bytes:
             return math.inf
         if stop < len(profile.layers):
@@ -136,6 +163,27 @@ def plain_step_s(
             send.append(link.transfer_s(size * profile.layers[stop - 1].boundary_bytes))
             gradient.append(link.transfer_s(size * profile.layers[stop - 1].gradient_bytes))
     return plain_simulation(forward, backward, send, gradient, actions)
+
+
+def plain_activations(profile: Profile, start: int, stop: int, in_flight: int) -> float:
+    """What a sample of each micro-batch in flight keeps, while the backward of one of them is on its way back."""
+    kept = [layer.activation_bytes for layer in profile.layers[start:stop]]
+    received = profile.layers[start - 1].reused_bytes if start else 0.0
+    workspaces = [layer.workspace_bytes for layer in profile.layers[start:stop]]
+    on_the_way = max(sum(kept[: at + 1]) + space for at, space in enumerate(workspaces))
+    return in_flight * max(sum(kept) - received, 0.0) + max(on_the_way - sum(kept), 0.0)
+
+
+def plain_frames(profile: Profile, start: int, stop: int, in_flight: int, instance: Instance) -> float:
+    """What a sample of each micro-batch takes in messages that come, wait, or go."""
+    count, layers, total = instance.num_microbatches, profile.layers, 0.0
+    if start > 0:
+        total += min(in_flight + 1, count) * layers[start - 1].boundary_bytes
+        total += min(in_flight + 3, count) * layers[start - 1].gradient_bytes
+    if stop < len(layers):
+        total += min(in_flight + 1, count) * layers[stop - 1].boundary_bytes
+        total += min(2, count) * layers[stop - 1].gradient_bytes
+    return total
 
 
 def plain_simulation(forward, backward, send, gradient, actions) -> float:  # type: ignore[no-untyped-def]

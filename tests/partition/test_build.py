@@ -27,6 +27,8 @@ def three_layers(**changes: object) -> Profile:
             parameters=("tied", f"{name}.w") if name != "b" else ("b.w",),
             buffer_bytes=3,
             activation_bytes=5.0,
+            workspace_bytes=7.0 if name != "b" else 9.0,
+            reused_bytes=4.0,
             boundary_bytes=10.0,
             gradient_bytes=20.0,
             can_cut_after=name != "b",
@@ -39,6 +41,7 @@ def three_layers(**changes: object) -> Profile:
         "reference_flops_per_s": 1e9,
         "batch_size": 10,
         "optimizer_copies": 2.0,
+        "process_bytes": 50,
     }
     return Profile.model_validate({**values, **changes})
 
@@ -54,9 +57,9 @@ def test_predictions_by_hand() -> None:
     assert (second.send_s, second.gradient_s, second.boundary_bytes) == (0.0, 0.0, 0.0)
     assert (first.in_flight, second.in_flight) == (2, 1)
     assert (first.parameter_bytes, second.parameter_bytes) == (1100, 1011)
-    # weights + gradients + 2 copies, buffers, activations in flight, the boundary and its gradient
-    assert first.memory_bytes == 4 * 1100 + 3 + 2 * 3 * 5 + 30 + 60
-    assert second.memory_bytes == 4 * 1011 + 6 + 1 * 3 * 10 + 30 + 60
+    # weights + gradients + 2 copies, buffers, activations in flight, workspace, frames, the process
+    assert first.memory_bytes == 4 * 1100 + 3 + 2 * 3 * 5 + 3 * 7 + (3 * 30 + 2 * 60) + 50
+    assert second.memory_bytes == 4 * 1011 + 6 + 1 * 3 * (10 - 4) + 3 * 7 + (2 * 30 + 4 * 60) + 50
     assert plan.cuts == (1,)
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
@@ -116,7 +119,7 @@ def test_a_stage_larger_than_its_device_is_refused_with_need_limit_and_way_out()
 
 def test_a_difference_too_small_to_show_is_shown_in_bytes() -> None:
     profile = three_layers(parameter_bytes={"tied": 1 << 30, "a.w": 0, "b.w": 0, "c.w": 0})
-    with pytest.raises(InfeasibleError, match=r"needs 4,294,967,335 B but device 'a' has 4,294,967,296 B"):
+    with pytest.raises(InfeasibleError, match=r"needs 4,294,967,399 B but device 'a' has 4,294,967,296 B"):
         build_plan(profile, [Device("a", 1e9, "4 GiB")], [], LINKS, num_microbatches=5, schedule="1f1b-short")
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from fedmp.errors import InfeasibleError, PlanError
+from fedmp.errors import PlanError
 from fedmp.partition import Balanced, Uniform
 from fedmp.records import Profile
 from fedmp.topology import Device, Links
@@ -30,12 +30,12 @@ def best_in_order(instance: Instance, schedule: str) -> float:
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "1f1b-short"])
 def test_balanced_agrees_with_brute_force_in_the_given_order(schedule: str) -> None:
-    for seed in range(40):
-        instance = random_instance(seed)
+    for seed in range(60):
+        instance = random_instance(seed, can_rule=True)
         best = best_in_order(instance, schedule)
         partitioner = Balanced(schedule=schedule, max_expansions=5000)
         if math.isinf(best):
-            with pytest.raises(InfeasibleError):
+            with pytest.raises(PlanError):
                 partitioner.plan(
                     instance.profile,
                     instance.devices,
@@ -50,6 +50,28 @@ def test_balanced_agrees_with_brute_force_in_the_given_order(schedule: str) -> N
         assert list(order_of(plan)) == sorted(order_of(plan), key=names.index)
         assert plan.step_s == pytest.approx(best, rel=1e-9), f"seed {seed}"
         assert plan.bound_s <= plan.step_s
+
+
+def test_uniform_keeps_forced_cuts_and_pinned_layers_wherever_that_is_possible() -> None:
+    planned = 0
+    for seed in range(0, 300, 3):
+        instance = random_instance(seed, can_bind=False, can_rule=True)
+        layers, devices = instance.profile.layers, instance.devices
+        places = [index + 1 for index in range(len(layers) - 1) if layers[index].can_cut_after]
+        ideal = [stage * len(layers) / len(devices) for stage in range(1, len(devices))]
+        distances = {
+            cuts: sum(abs(cut - wanted) for cut, wanted in zip(cuts, ideal, strict=True))
+            for cuts in itertools.combinations(places, len(devices) - 1)
+            if plain_step_s(instance, cuts, devices, "gpipe") < math.inf
+        }
+        if not distances:
+            with pytest.raises(PlanError):
+                Uniform().plan(instance.profile, devices, instance.links, num_microbatches=2)
+            continue
+        plan = Uniform().plan(instance.profile, devices, instance.links, num_microbatches=2)
+        assert distances[plan.cuts] == pytest.approx(min(distances.values()), abs=1e-9), f"seed {seed}"
+        planned += 1
+    assert planned > 20
 
 
 def wide_instance(seed: int = 0) -> Instance:

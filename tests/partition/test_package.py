@@ -44,6 +44,30 @@ def test_the_code_in_the_documentation_runs() -> None:
     exec("\n".join(blocks), {})
 
 
+def test_partition_takes_leaves_rules_and_measured_costs() -> None:
+    import torch
+    from torch import nn
+
+    import fedmp
+    from tests.support.plugins import Branching
+
+    model = nn.Sequential(nn.Linear(784, 784), Branching(), nn.Linear(10, 10))
+    devices = [fedmp.Device("a"), fedmp.Device("b")]
+    plan = fedmp.partition(
+        model,
+        (torch.zeros(8, 784),),
+        devices=devices,
+        partitioner="exact",
+        costs="measured",
+        leaves=("1",),
+        cut_rules=fedmp.CutRules(force=("1",), devices={"0": "b"}),
+    )
+    assert [stage.device for stage in plan.stages] == ["b", "a"]
+    assert plan.cuts == (1,)
+    x = torch.randn(5, 784)
+    assert torch.equal(fedmp.run_stages(fedmp.split(model, plan), x), model(x))
+
+
 def test_the_example_keeps_the_contract_and_beats_uniform(capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "custom_partitioner.py"))
     check_partitioner(example["FastestFirst"]())

@@ -49,4 +49,4 @@ class Branching(nn.Module):
         self.right = nn.Linear(784, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.left(x) if float(x.sum()) > 0 else self.right(x)  # type: ignore[no-any-return]
+        return self.left(x) if float(x.detach().sum()) > 0 else self.right(x)  # type: ignore[no-any-return]

@@ -13,8 +13,10 @@ from torch import nn
 from fedmp.aggregate import Aggregator, WeightedMean
 from fedmp.data import IID, ArrayData, DataSource, Split
 from fedmp.errors import ConfigError
+from fedmp.graph import CutRules
 from fedmp.learning_rate import Constant, LearningRate
 from fedmp.partition import Partitioner
+from fedmp.partition.api import Costs
 from fedmp.pipeline import PipelineSettings
 from fedmp.records import Observer, Plan, RoundRecord, Summary
 from fedmp.schedule import OneFOneB, PlacedSchedule, Schedule
@@ -67,6 +69,9 @@ class Job:
         partitioner: "uniform", "balanced", "exact", or an object with a `plan` method.
         schedule: of the pipeline.
         pipeline: checkpointing, mixed precision and compression between a client's devices.
+        cuts: where plans cut and where not, and which device runs what, by names of modules.
+        costs: "flops" plans with estimated times of layers, "measured" with times taken on this machine.
+        leaves: path patterns of modules that are not traced into.
         rounds: how many.
         batch_size: samples in one step of a client.
         num_microbatches: into which the pipeline cuts a batch.
@@ -96,6 +101,9 @@ class Job:
     partitioner: str | Partitioner = "balanced"
     schedule: Schedule | PlacedSchedule = field(default_factory=OneFOneB)
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
+    cuts: CutRules = field(default_factory=CutRules)
+    costs: Costs = "flops"
+    leaves: tuple[str, ...] = ()
     rounds: int = 10
     batch_size: int = 32
     num_microbatches: int = 4

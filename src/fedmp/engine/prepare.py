@@ -107,7 +107,7 @@ def prepare(job: Job) -> Prepared:
     model = _build(job)
     example = data.train.input_batch(torch.arange(min(job.batch_size, len(data.train))))
     with _quiet_torch():
-        graph = trace(model, (example,))
+        graph = trace(model, (example,), leaves=job.leaves, cut_rules=job.cuts)
     work = LocalWork(
         optimizer=job.optimizer,
         schedule=job.schedule,
@@ -127,7 +127,7 @@ def prepare(job: Job) -> Prepared:
     for client, indices in zip(job.topology.clients, rows, strict=True):
         key = hashlib.sha256(f"{client.devices}{client.links}".encode()).hexdigest()
         if key not in plans:
-            plan = _plan(job, graph, client)
+            plan = _plan(job, graph, model, client)
             plans[key] = plan, draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
         plan, blueprints = plans[key]
         clients[client.name] = ClientSetup(
@@ -169,17 +169,22 @@ def _build(job: Job) -> nn.Module:
         return job.model()
 
 
-def _plan(job: Job, graph: LayerGraph, client: Client) -> Plan:
-    return plan_graph(
-        graph,
-        devices=client.devices,
-        links=client.links,
-        partitioner=job.partitioner,
-        num_microbatches=job.num_microbatches,
-        schedule=job.schedule.name,
-        batch_size=job.batch_size,
-        optimizer_copies=job.optimizer_copies(),
-    )
+def _plan(job: Job, graph: LayerGraph, model: nn.Module, client: Client) -> Plan:
+    try:
+        return plan_graph(
+            graph,
+            devices=client.devices,
+            links=client.links,
+            partitioner=job.partitioner,
+            num_microbatches=job.num_microbatches,
+            schedule=job.schedule.name,
+            batch_size=job.batch_size,
+            optimizer_copies=job.optimizer_copies(),
+            costs=job.costs,
+            model=model,
+        )
+    except PlanError as error:
+        raise type(error)(f"client {client.name}: {error}") from error
 
 
 def _schedule(job: Job, plan: Plan) -> Schedule | PlacedSchedule:

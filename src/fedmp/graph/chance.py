@@ -57,7 +57,7 @@ class DecideCertainBranches(TorchFunctionMode):
                     raise TraceError(
                         "a branch depends on a random number (torch.rand), so each step would run another "
                         "graph; set the probability to 0 (layerdrop and its like), or make the module that "
-                        "branches a leaf: trace(..., leaves=('its.name',))"
+                        "branches a leaf: leaves=('its.name',)"
                     )
         result = func(*args, **(kwargs or {}))
         if func is torch.rand and isinstance(result, torch.Tensor) and result.dim() == 0:

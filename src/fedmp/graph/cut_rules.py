@@ -1,14 +1,16 @@
-"""Where a plan may cut a model, by the names of its modules.
+"""Where a plan may and must cut a model, and which device runs what, by the names of modules.
 
-Rules act on the traced model: layers that must stay together become one layer, so every partitioner
-obeys them without knowing them.
+Rules act on the traced model. Layers that must stay together become one layer, which every partitioner
+obeys without knowing; forced cuts and devices are noted on the layers, and from there in the profile.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field
 
 from fedmp.component import Component
 from fedmp.errors import PlanError
@@ -22,28 +24,31 @@ class CutRules(Component):
     """Rules of cutting. Names are module paths, or patterns of them as in `fnmatch` (`*` matches dots).
 
     Attributes:
-        before: a cut must be possible where each module that matches first uses weights.
-        only_before: cut nowhere else, so that `uniform` over as many devices makes exactly these stages.
-        uncut: no cut inside a module that matches.
+        force: every plan cuts right before each module that matches.
+        only: the split points: no cut but right before a module that matches (or is in `force`); empty
+            for anywhere.
+        forbid: no cut inside a module that matches.
         together: groups of modules; everything from a group's first to its last layer is one layer.
+        devices: names of devices by module; the device runs all layers of the modules that match.
 
     Example:
-        >>> CutRules(before=("decoder",), uncut=("encoder.*",)).only_before
-        False
+        >>> CutRules(force=("decoder",), forbid=("encoder.*",), devices={"head": "gateway"}).only
+        ()
     """
 
-    before: tuple[str, ...] = ()
-    only_before: bool = False
-    uncut: tuple[str, ...] = ()
+    force: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
     together: tuple[tuple[str, ...], ...] = ()
+    devices: Mapping[str, str] = Field(default_factory=dict)
 
 
 def apply_cut_rules(graph: LayerGraph, rules: CutRules) -> LayerGraph:
-    """Merge layers so that a plan keeps the rules.
+    """Merge and mark layers so that a plan keeps the rules.
 
     Args:
         graph: the traced model.
-        rules: what to keep together and where to cut.
+        rules: where to cut, where not, and what runs where.
 
     Returns:
         The same graph with fewer, larger layers; its stages are those of the original model.
@@ -59,21 +64,25 @@ def apply_cut_rules(graph: LayerGraph, rules: CutRules) -> LayerGraph:
         >>> [layer.name for layer in merged.layers]
         ['0', '1', '3']
     """
-    wanted = {cut: pattern for pattern in rules.before for cut in _starts(graph, pattern)}
-    kept = set(wanted) if rules.only_before else set(range(1, len(graph.layers)))
-    for pattern in rules.uncut:
+    forced = {
+        cut: graph.layers[cut].name
+        for cut in range(1, len(graph.layers))
+        if graph.layers[cut - 1].must_cut_after
+    }
+    forced |= {cut: pattern for pattern in rules.force for cut in _starts(graph, pattern)}
+    chosen = {cut: pattern for pattern in rules.only for cut in _starts(graph, pattern)}
+    kept = {*chosen, *forced} if rules.only else set(range(1, len(graph.layers)))
+    for pattern in rules.forbid:
         for path in _modules(graph, pattern):
             kept -= _inside(graph, (path,))
     for group in rules.together:
-        for pattern in group:
-            _modules(graph, pattern)
         kept -= _inside(graph, group)
-    for cut, pattern in wanted.items():
+    for cut, pattern in forced.items():
         if cut not in kept:
             raise PlanError(
-                f"the rules contradict: a cut before {pattern!r} is wanted, but 'uncut' or 'together' forbids it"
+                f"the rules contradict: a cut before {pattern!r} is forced, but 'forbid' or 'together' forbids it"
             )
-    return _merged(graph, [0, *sorted(kept)])
+    return _merged(graph, [0, *sorted(kept)], forced, _pinned(graph, rules.devices))
 
 
 def _layer_paths(graph: LayerGraph) -> list[list[str]]:
@@ -99,8 +108,9 @@ def _modules(graph: LayerGraph, pattern: str) -> list[str]:
                 found[match] = None
     if not found:
         names = ", ".join(repr(layer.name) for layer in graph.layers[:8])
+        more = ", ..." if len(graph.layers) > 8 else ""
         raise PlanError(
-            f"no module of {graph.model_name} that runs matches {pattern!r}; its layers are {names}, ..."
+            f"no module of {graph.model_name} that runs matches {pattern!r}; its layers are {names}{more}"
         )
     return list(found)
 
@@ -127,25 +137,59 @@ def _starts(graph: LayerGraph, pattern: str) -> list[int]:
 
 def _inside(graph: LayerGraph, patterns: Sequence[str]) -> set[int]:
     """Cuts between the first and the last layer of the modules that match any of the patterns."""
-    layers = _layer_paths(graph)
-    touched: set[int] = set()
-    for module in (module for pattern in patterns for module in _modules(graph, pattern)):
-        found = [index for index, paths in enumerate(layers) if any(_is_in(path, module) for path in paths)]
-        begins = next((index for index in found if _is_in(layers[index][0], module)), found[0])
-        touched.update(index for index in found if index >= begins)
+    modules = [module for pattern in patterns for module in _modules(graph, pattern)]
+    touched = {index for module in modules for index in _layers_of(graph, module)}
     return set(range(min(touched) + 1, max(touched) + 1))
+
+
+def _layers_of(graph: LayerGraph, module: str) -> list[int]:
+    """The layers that run a module, without one before it that only prepares its inputs."""
+    layers = _layer_paths(graph)
+    found = [index for index, paths in enumerate(layers) if any(_is_in(path, module) for path in paths)]
+    begins = next((index for index in found if _is_in(layers[index][0], module)), found[0])
+    return [index for index in found if index >= begins]
+
+
+def _pinned(graph: LayerGraph, devices: Mapping[str, str]) -> dict[int, str]:
+    """The device of each layer that has one."""
+    pinned = {index: layer.device for index, layer in enumerate(graph.layers) if layer.device is not None}
+    for pattern, device in devices.items():
+        for module in _modules(graph, pattern):
+            for index in _layers_of(graph, module):
+                other = pinned.setdefault(index, device)
+                if other != device:
+                    raise PlanError(
+                        f"the rules contradict: layer {graph.layers[index].name!r} is to run on "
+                        f"device {other!r} and, by {pattern!r}, on {device!r}"
+                    )
+    return pinned
 
 
 def _is_in(path: str, module: str) -> bool:
     return path == module or path.startswith(f"{module}.")
 
 
-def _merged(graph: LayerGraph, starts: Sequence[int]) -> LayerGraph:
-    layers = []
-    for start, stop in zip(starts, [*starts[1:], len(graph.layers)], strict=True):
-        state = dict.fromkeys(name for layer in graph.layers[start:stop] for name in layer.state)
-        layers.append(Layer(graph.layers[start].name, tuple(state)))
+def _merged(
+    graph: LayerGraph, starts: Sequence[int], forced: Mapping[int, str], pinned: Mapping[int, str]
+) -> LayerGraph:
     ends = [*starts, len(graph.layers)]
+    layers = []
+    for start, stop in zip(ends[:-1], ends[1:], strict=True):
+        devices = {pinned[index] for index in range(start, stop) if index in pinned}
+        if len(devices) > 1:
+            raise PlanError(
+                f"the rules contradict: {graph.layers[start].name!r} to {graph.layers[stop - 1].name!r} stay "
+                f"together, but are to run on the devices {', '.join(sorted(devices))}"
+            )
+        state = dict.fromkeys(name for layer in graph.layers[start:stop] for name in layer.state)
+        layers.append(
+            Layer(
+                name=graph.layers[start].name,
+                state=tuple(state),
+                must_cut_after=stop in forced,
+                device=next(iter(devices), None),
+            )
+        )
     return dataclasses.replace(
         graph,
         layers=tuple(layers),

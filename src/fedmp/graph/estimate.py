@@ -2,13 +2,15 @@
 
 A call takes as long as its floating-point operations, or as the bytes it moves on a device that moves one
 byte in the time of `FLOPS_PER_BYTE` operations, whichever is more. What it keeps for backward is what
-autograd saves, each storage counted once, where it is first saved.
+autograd saves, each storage counted once, where it is first saved. What its backward needs for a moment is
+the gradients that are alive then: those of all tensors that are made before it, or by it, and used by it or
+after it, since a backward runs through the graph the other way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,12 +37,15 @@ class CallCost:
     Attributes:
         flops: operations, or bytes moved times `FLOPS_PER_BYTE` where that is more.
         saved_bytes: memory that it is the first to keep for backward.
-        transient_bytes: gradients of its inputs and results, which its backward holds at once.
+        transient_bytes: what its backward holds for a moment beside what was saved: all gradients that are
+            alive then, and the copies that a convolution makes.
+        saves: of what calls before it made, the results that it is the first to keep, by call, in bytes.
     """
 
     flops: float = 0.0
     saved_bytes: float = 0.0
     transient_bytes: float = 0.0
+    saves: dict[fx.Node, float] = field(default_factory=dict)
 
 
 def estimate_calls(mode: ModeGraph, state: Mapping[str, StateSpec], num_samples: int) -> list[CallCost]:
@@ -74,9 +79,11 @@ def _size(size: Any, mode: ModeGraph, num_samples: int) -> int:
 def _run(mode: ModeGraph, state: Mapping[str, StateSpec], num_samples: int) -> list[CallCost]:
     values: dict[fx.Node, Any] = {node: _owned(state[name]) for node, name in mode.state.items()}
     known = {tensor.untyped_storage() for tensor in values.values()}
+    makers: dict[Any, fx.Node] = {}
     for node in mode.inputs:
         if node is not None:
             values[node] = _example(node_value(node), mode, num_samples)
+            makers[values[node].untyped_storage()] = node
     bodies = {name: module_on(module, _CPU) for name, module in mode.submodules.items()}
     cost = CallCost()
 
@@ -85,9 +92,12 @@ def _run(mode: ModeGraph, state: Mapping[str, StateSpec], num_samples: int) -> l
         if storage not in known:
             known.add(storage)
             cost.saved_bytes += storage.nbytes()
+            if storage in makers:
+                cost.saves[makers[storage]] = storage.nbytes()
         return tensor
 
     costs: list[CallCost] = []
+    gradients = _Gradients(mode)
     flops_before = 0
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, _same):
         for index, node in enumerate(mode.nodes):
@@ -107,15 +117,49 @@ def _run(mode: ModeGraph, state: Mapping[str, StateSpec], num_samples: int) -> l
             counted = counter.get_total_flops() - flops_before
             flops_before = counter.get_total_flops()
             cost.flops = max(cost.flops, counted, 0.0 if is_view else FLOPS_PER_BYTE * moved)
+            for leaf in tree_leaves(values[node]):
+                if isinstance(leaf, torch.Tensor):
+                    makers.setdefault(leaf.untyped_storage(), node)
             given = [
                 values[used] for used in node.all_input_nodes if used in values and used not in mode.state
             ]
-            cost.transient_bytes = 0 if is_view else sum(map(_real_bytes, tree_leaves((given, values[node]))))
+            cost.transient_bytes = gradients.alive_at(index, values[node])
+            if "conv" in str(node.target):
+                # input and result, or their gradients, are copied into the order that the kernel wants
+                cost.transient_bytes += 2 * max(map(_tensor_bytes, tree_leaves((given, values[node]))))
             costs.append(cost)
             for used in node.all_input_nodes:
                 if mode.last_use.get(used) == index:
                     values.pop(used, None)
     return costs
+
+
+class _Gradients:
+    """Which gradients are alive when the backward reaches a call, if asked call by call."""
+
+    def __init__(self, mode: ModeGraph) -> None:
+        self._mode = mode
+        self._users: dict[Any, int] = {}
+        self._ends: dict[int, list[Any]] = {}
+        self._num_bytes = 0
+
+    def alive_at(self, index: int, result: Any) -> int:
+        """Bytes at a call that makes `result`. A view of all of a tensor has its gradient in common."""
+        last_use = self._mode.last_use.get(self._mode.nodes[index], index)
+        for leaf in tree_leaves(result):
+            if _real_bytes(leaf) and leaf.requires_grad:
+                key = leaf.untyped_storage(), leaf.numel()
+                if key not in self._users:
+                    self._num_bytes += _real_bytes(leaf)
+                self._users[key] = self._users.get(key, 0) + 1
+                self._ends.setdefault(last_use, []).append((key, _real_bytes(leaf)))
+        alive = self._num_bytes
+        for key, num_bytes in self._ends.pop(index, []):
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key]
+                self._num_bytes -= num_bytes
+        return alive
 
 
 def _owned(spec: StateSpec) -> torch.Tensor:

@@ -208,6 +208,6 @@ def _explain(model: nn.Module, executing: list[tuple[str, nn.Module]], error: Ex
     return (
         f"cannot trace {type(model).__name__}: {where}{line}: {reason.strip()[:300]}. A traced forward is a "
         f"fixed sequence of tensor operations: no branches on tensor values, no .item(), no NumPy. Ways out: "
-        f"run that module as one opaque layer, trace(..., leaves=({leaf!r},)), which names any module by "
-        f"pattern; or pass a chain of modules, fedmp.graph.Chain([first, second, ...]), where each is opaque"
+        f"run that module as one opaque layer, leaves=({leaf!r},) of fedmp.partition and fedmp.Job, leaves=[{leaf}] "
+        f"on the command line; or pass a chain of modules, fedmp.Chain(first, second, ...), where each is opaque"
     )

@@ -52,10 +52,14 @@ class Layer:
     Attributes:
         name: path of the module it comes from, made unique.
         state: canonical names of the tensors it uses.
+        must_cut_after: whether every plan cuts right after it.
+        device: name of the device that must run it; None for any.
     """
 
     name: str
     state: tuple[str, ...]
+    must_cut_after: bool = False
+    device: str | None = None
 
 
 @dataclass(frozen=True)

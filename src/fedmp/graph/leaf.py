@@ -52,13 +52,13 @@ def find_leaves(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modul
         patterns: as in `fnmatch`; `*` also matches dots.
 
     Raises:
-        ValueError: a pattern matches no module.
+        TraceError: a pattern matches no module.
     """
     found: dict[str, nn.Module] = {}
     names = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise ValueError(
+            raise TraceError(
                 f"no module of {type(model).__name__} matches the leaf {pattern!r}; there are, for example, "
                 f"{', '.join(map(repr, names[:8])) or 'none'}"
             )
@@ -136,7 +136,7 @@ class LeafTracer:
         if any(callable(leaf) for leaf in arguments.constants.values()):
             raise TraceError(
                 f"{name} takes a function or a module, so its backward cannot be cut out; make the module "
-                f"that calls it a leaf: trace(..., leaves=('its.name',))"
+                f"that calls it a leaf: leaves=('its.name',)"
             )
         body = FunctionBody(function)
         return self._place(name, LeafCall(body, (), 0, arguments), body, arguments, {})

@@ -21,6 +21,9 @@ from fedmp.records import LayerProfile, Profile
 __all__ = ["profile"]
 
 _REFERENCE_FLOPS_PER_S = 1e11
+# kernels that are loaded or compiled when first used, and small buffers: 3 to 10 MiB in processes that trained
+# models of a few kB with torch 2.13 (benchmarks/costs.py)
+_PROCESS_BYTES = 5 << 20
 
 
 def profile(
@@ -71,6 +74,7 @@ def profile(
         reference_flops_per_s=reference,
         batch_size=batch_size or graph.batch_size,
         optimizer_copies=optimizer_copies,
+        process_bytes=_PROCESS_BYTES,
         method=method,
         fingerprint=graph.fingerprint,
     )
@@ -90,8 +94,11 @@ def _layer(
 ) -> LayerProfile:
     layer, mode = graph.layers[index], graph.train
     start, stop = mode.cuts[index], mode.cuts[index + 1]
-    live = mode.live_at(stop).tensors if stop < len(mode.nodes) else ()
+    is_last = stop == len(mode.nodes)
+    live = () if is_last else mode.live_at(stop).tensors
     real = [node for node in live if node_value(node).dtype.is_floating_point]
+    later = {node: size for call in calls[stop:] for node, size in call.saves.items()}
+    loss_bytes = sum(_num_bytes(node, mode, num_samples) for node in _real_results(mode)) if is_last else 0
     return LayerProfile(
         name=layer.name,
         forward_s=time.forward_s,
@@ -100,10 +107,25 @@ def _layer(
         buffer_bytes=sum(
             graph.state[name].num_bytes for name in layer.state if graph.state[name].kind != "parameter"
         ),
-        activation_bytes=sum(call.saved_bytes for call in calls[start:stop]) / num_samples,
+        # a loss keeps about as much as it is given, such as the logarithms of probabilities
+        activation_bytes=(sum(call.saved_bytes for call in calls[start:stop]) + loss_bytes) / num_samples,
+        workspace_bytes=max(call.transient_bytes for call in calls[start:stop]) / num_samples,
         boundary_bytes=sum(_num_bytes(node, mode, num_samples) for node in live) / num_samples,
         gradient_bytes=sum(_num_bytes(node, mode, num_samples) for node in real) / num_samples,
+        reused_bytes=sum(later.get(node, 0.0) for node in live) / num_samples,
+        must_cut_after=layer.must_cut_after,
+        device=layer.device,
     )
+
+
+def _real_results(mode: ModeGraph) -> list[fx.Node]:
+    found = dict.fromkeys(result for result in mode.results if isinstance(result, fx.Node))
+    values = {node: node_value(node) for node in found}
+    return [
+        node
+        for node, value in values.items()
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    ]
 
 
 def _num_bytes(node: fx.Node, mode: ModeGraph, num_samples: int) -> int:

@@ -54,8 +54,8 @@ def trace(
         The graph with its layers and possible cuts.
 
     Raises:
-        TraceError: the forward cannot be traced; the message names the module, the reason and ways out.
-        ValueError: a leaf pattern matches no module.
+        TraceError: the forward cannot be traced (the message names the module, the reason and ways out), or
+            a leaf pattern matches no module.
         PlanError: the cut rules cannot be kept.
 
     Example:

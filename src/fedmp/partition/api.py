@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel
 from torch import nn
 
 from fedmp.errors import ConfigError
-from fedmp.graph import LayerGraph, profile, trace
+from fedmp.graph import CutRules, LayerGraph, profile, trace
 from fedmp.partition.balanced import Balanced
 from fedmp.partition.exact import Exact
 from fedmp.partition.partitioner import Partitioner
@@ -17,7 +18,9 @@ from fedmp.partition.uniform import Uniform
 from fedmp.records import Plan
 from fedmp.topology import Device, Link, Links
 
-__all__ = ["partition", "plan_graph"]
+__all__ = ["Costs", "partition", "plan_graph"]
+
+Costs: TypeAlias = Literal["flops", "measured"]
 
 _BY_NAME: dict[str, type[Uniform] | type[Balanced] | type[Exact]] = {
     "uniform": Uniform,
@@ -38,6 +41,9 @@ def partition(
     schedule: str | None = None,
     batch_size: int | None = None,
     optimizer_copies: float = 1.0,
+    costs: Costs = "flops",
+    leaves: Sequence[str] = (),
+    cut_rules: CutRules | None = None,
 ) -> Plan:
     """Cut a model over a client's devices.
 
@@ -52,6 +58,10 @@ def partition(
         schedule: "gpipe", "1f1b" or "1f1b-short"; None for the partitioner's own choice.
         batch_size: samples in one optimizer step; None for that of the example inputs.
         optimizer_copies: optimizer state in units of the parameters' size (SGD 0, with momentum 1, Adam 2).
+        costs: "flops" estimates the layers' times, for models of any size; "measured" runs each layer here,
+            at the size of a micro-batch.
+        leaves: path patterns of modules that are not traced into, for what `torch.export` cannot trace.
+        cut_rules: where to cut and where not, and which device runs what; None for anywhere.
 
     Returns:
         The plan; `fedmp.split(model, plan)` makes the stages.
@@ -70,7 +80,7 @@ def partition(
         ['a', 'b']
     """
     return plan_graph(
-        trace(model, args, kwargs),
+        trace(model, args, kwargs, leaves=leaves, cut_rules=cut_rules),
         devices=devices,
         links=links,
         partitioner=partitioner,
@@ -78,6 +88,8 @@ def partition(
         schedule=schedule,
         batch_size=batch_size,
         optimizer_copies=optimizer_copies,
+        costs=costs,
+        model=model,
     )
 
 
@@ -91,8 +103,10 @@ def plan_graph(
     schedule: str | None = None,
     batch_size: int | None = None,
     optimizer_copies: float = 1.0,
+    costs: Costs = "flops",
+    model: nn.Module | None = None,
 ) -> Plan:
-    """Cut a model that is traced already; see `partition`."""
+    """Cut a model that is traced already; see `partition`. Measured costs need the model itself."""
     if isinstance(partitioner, str):
         if partitioner not in _BY_NAME:
             raise ConfigError(f"no partitioner is called {partitioner!r}; there are {', '.join(_BY_NAME)}")
@@ -103,8 +117,15 @@ def plan_graph(
         and "schedule" in type(partitioner).model_fields
     ):
         partitioner = partitioner.model_copy(update={"schedule": schedule})
-    costs = profile(graph, batch_size=batch_size, optimizer_copies=optimizer_copies)
+    profiled = profile(
+        graph,
+        batch_size=batch_size,
+        optimizer_copies=optimizer_copies,
+        method=costs,
+        model=model,
+        microbatch_size=math.ceil((batch_size or graph.batch_size) / num_microbatches),
+    )
     if links is None or isinstance(links, Link):
         links = Links(default=links or Link())
-    plan = partitioner.plan(costs, devices, links, num_microbatches=num_microbatches)
+    plan = partitioner.plan(profiled, devices, links, num_microbatches=num_microbatches)
     return plan.model_copy(update={"fingerprint": graph.fingerprint}).with_graph(graph)

@@ -15,6 +15,7 @@ from fedmp.partition.lattice import fixed_order
 from fedmp.partition.placed import plan_placed, some_orders
 from fedmp.partition.problem import make_problem
 from fedmp.partition.remedy import infeasible
+from fedmp.partition.rules import check_rules
 from fedmp.partition.search import SCHEDULE_PATTERN, plan_of, search
 from fedmp.partition.space import Space, told_apart
 from fedmp.records import Plan, Profile
@@ -55,10 +56,11 @@ class Balanced(Component):
             mostly the bound's looseness.
 
         Raises:
-            PlanError: there is no device, or two have one name.
+            PlanError: there is no device, two have one name, or forced cuts and pinned layers cannot be kept.
             InfeasibleError: nothing fits in this order; says what would.
         """
         check_devices(devices)
+        check_rules(profile, devices, self.schedule)
         costs = cost_model(profile, num_microbatches)
         if placed_schedule_by_name(self.schedule) is not None:
             orders, _ = some_orders(devices, in_order=True)

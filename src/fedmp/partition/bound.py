@@ -43,7 +43,7 @@ def _waiting_bound_s(costs: CostModel, speeds: Array, ways: Array, schedule: str
     count = costs.num_microbatches
     times = 1 / np.cumsum(speeds)
     least = np.inf
-    for num_stages in range(1, len(speeds) + 1):
+    for num_stages in range(1 + len(costs.forced_positions()), len(speeds) + 1):
         held = 0 if schedule == "gpipe" else in_flight_of(schedule, num_stages, count) - 1
         others = count - 1 - held * _smaller_share(costs)
         # With a slowest stage of t seconds, the sum is least if the fastest devices take t each. That is

@@ -12,6 +12,7 @@ from fedmp.errors import InfeasibleError, PlanError
 from fedmp.partition.estimate import CostModel, cost_model, format_bytes
 from fedmp.partition.events import StageTimes, step_s
 from fedmp.partition.placed_events import Placed, place, simulate_placed
+from fedmp.partition.rules import check_stages
 from fedmp.records import Plan, Profile, StagePlan
 from fedmp.schedule import peak_in_flight, placed_schedule_by_name, schedule_by_name
 from fedmp.topology import Device, Links
@@ -49,7 +50,8 @@ def build_plan(
         The plan, with the predicted seconds of one step in `step_s`.
 
     Raises:
-        PlanError: the cuts do not increase, are forbidden, or do not fit the number of devices or layers.
+        PlanError: the cuts do not increase, are forbidden, do not fit the number of devices or layers, or
+            do not keep a forced cut or a layer's device.
         InfeasibleError: a stage needs more memory than its device has.
         ValueError: the schedule's name or the number of micro-batches is wrong.
 
@@ -65,6 +67,7 @@ def build_plan(
     costs = cost_model(profile, num_microbatches)
     in_flight = placed.in_flight if placed else _in_flight(schedule, len(devices_in_order), num_microbatches)
     edges = [0, *cuts, costs.num_layers]
+    check_stages(profile, edges, [device.name for device in devices_in_order])
     stages = [
         _stage_plan(costs, devices_in_order, edges, links, stage, in_flight[stage])
         for stage in range(len(devices_in_order))

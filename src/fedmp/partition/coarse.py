@@ -15,7 +15,10 @@ _REFERENCE = Device("reference", flops_per_s=1.0)
 
 
 def coarse_positions(costs: CostModel, num_positions: int) -> list[int]:
-    """At most so many places to cut, with both ends: each share of the time keeps its smallest boundary."""
+    """So many places to cut, with both ends: each share of the time keeps its smallest boundary.
+
+    Forced cuts, and those where pinned layers begin and end, are kept besides.
+    """
     positions = costs.positions()
     return positions if len(positions) <= num_positions else _spread(costs, positions, num_positions)
 
@@ -29,4 +32,10 @@ def _spread(costs: CostModel, positions: Sequence[int], wanted: int) -> list[int
     for index in np.unique(share):
         inside = edges[1:-1][share == index]
         kept.append(int(inside[np.argmin(costs.boundary_bytes(inside))]))
-    return [0, *kept, int(edges[-1])]
+    layers = costs.profile.layers
+    ruled = [
+        int(edge)
+        for edge in edges[1:-1]
+        if layers[edge - 1].must_cut_after or layers[edge - 1].device != layers[edge].device
+    ]
+    return [0, *sorted({*kept, *ruled}), int(edges[-1])]

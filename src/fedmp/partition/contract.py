@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,11 +39,12 @@ class Case:
 def check_partitioner(partitioner: Partitioner, cases: Sequence[Case] | None = None) -> None:
     """Run a partitioner over problems of many kinds and check all that fedmp relies on.
 
-    Each layer is in one stage; cuts are where they are allowed; devices are known and have the stages that
-    the schedule gives them, and the others are named as unused; every device's stages fit its memory; the
-    predicted times are those of `build_plan`; the same input gives the same plan; and the plan survives
-    JSON. Where nothing fits, or the model is too small for the partitioner, it must raise `PlanError` (or
-    `InfeasibleError`).
+    Each layer is in one stage; cuts are where they are allowed and forced; pinned layers are on their devices;
+    devices are known and have the stages that the schedule gives them, and the others are named as unused;
+    every device's stages fit its memory; the predicted times are those of `build_plan`; the same input gives
+    the same plan; and the plan survives JSON. Where nothing fits, the model is too small for the partitioner,
+    or it does not know forced cuts and pinned layers, it must raise `PlanError` (or `InfeasibleError`), as
+    `build_plan` does.
 
     Args:
         partitioner: any object with a `plan` method.
@@ -61,7 +62,7 @@ def check_partitioner(partitioner: Partitioner, cases: Sequence[Case] | None = N
 
 
 def contract_cases() -> list[Case]:
-    """The problems of the contract: alike and unlike devices, tight memory, forbidden cuts, tied weights."""
+    """The problems of the contract: alike and unlike devices, tight memory, cut rules, tied weights."""
     even = _profile(12)
     whole = 3 * sum(even.parameter_bytes.values())
     roomy = [_device(f"d{index}", 1.0, 64 << 30) for index in range(4)]
@@ -69,6 +70,8 @@ def contract_cases() -> list[Case]:
     slow = Links(default=Link(1.25e8, 1e-4), pairs={"u0,u1": Link(1e6, 1e-2)})
     tight = [_device(f"t{index}", 3.0 - index, whole * share // 10) for index, share in enumerate((9, 6, 2))]
     tiny = [_device(f"tiny{index}", 1.0, 1000) for index in range(3)]
+    forced = _ruled(even, must_cut_after=(0, 4))
+    pinned = _ruled(forced, devices={1: "u1", 11: "u2"})
     return [
         Case("equal devices", even, tuple(roomy), Links(), 8, True),
         Case("one device", even, tuple(roomy[:1]), Links(), 4, True),
@@ -80,6 +83,8 @@ def contract_cases() -> list[Case]:
         Case("nothing fits", even, tuple(tiny), Links(), 8, False),
         Case("fewer layers than devices", _profile(2), tuple(roomy), Links(), 8, False),
         Case("one layer", _profile(1), tuple(roomy[:2]), Links(), 2, False),
+        Case("forced cuts", forced, tuple(roomy), Links(), 4, False),
+        Case("forced cuts and pinned layers", pinned, tuple(uneven), slow, 8, False),
     ]
 
 
@@ -115,6 +120,18 @@ def _profile(num_layers: int, seed: int | None = None) -> Profile:
         reference_flops_per_s=1e11,
         batch_size=32,
     )
+
+
+def _ruled(
+    profile: Profile, must_cut_after: Sequence[int] = (), devices: Mapping[int, str] | None = None
+) -> Profile:
+    """The same layers, some of them to be cut after or pinned to devices."""
+    layers = list(profile.layers)
+    for index in must_cut_after:
+        layers[index] = layers[index].model_copy(update={"must_cut_after": True})
+    for index, device in (devices or {}).items():
+        layers[index] = layers[index].model_copy(update={"device": device})
+    return profile.model_copy(update={"layers": tuple(layers)})
 
 
 def _check_case(partitioner: Partitioner, case: Case) -> None:

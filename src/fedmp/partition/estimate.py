@@ -8,7 +8,7 @@ integers or whole numpy arrays of them and computes both the same way, bit for b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -44,6 +44,11 @@ class CostModel:
     _buffer_bytes: Array
     _boundary_bytes: Array
     _gradient_bytes: Array
+    _reused_bytes: Array
+    _peaks: Array
+    _forced: Array
+    _pinned: Array
+    _pinned_to: Mapping[str, Array]
 
     @property
     def num_layers(self) -> int:
@@ -54,6 +59,19 @@ class CostModel:
         """Where the model may be cut, with 0 and `num_layers`, ascending."""
         cuttable = [i + 1 for i, layer in enumerate(self.profile.layers[:-1]) if layer.can_cut_after]
         return [0, *cuttable, self.num_layers]
+
+    def forced_positions(self) -> list[int]:
+        """Where the model must be cut, ascending."""
+        return [i + 1 for i, layer in enumerate(self.profile.layers[:-1]) if layer.must_cut_after]
+
+    def num_broken(self, start: Any, stop: Any, device: Device) -> Any:
+        """How many rules layers `start` to `stop` break as a stage on `device`: forced cuts, others' layers."""
+        forced = self._forced[np.maximum(stop - 1, start)] - self._forced[start]
+        others = self._pinned[stop] - self._pinned[start]
+        if device.name in self._pinned_to:
+            own = self._pinned_to[device.name]
+            others = others - (own[stop] - own[start])
+        return forced + others
 
     def forward_s(self, start: Any, stop: Any, device: Device) -> Any:
         """Seconds of the forward of layers `start` to `stop` on `device`."""
@@ -95,10 +113,12 @@ class CostModel:
         return np.cumsum(matrix, axis=1)
 
     def memory_bytes(self, start: Any, stop: Any, in_flight: Any, parameter_bytes: Any) -> Any:
-        """Predicted peak memory of a stage.
+        """Predicted peak memory of a stage's process, beyond what it takes before it holds any weights.
 
         Weights, their gradients and the optimizer's copies; buffers; the activations of `in_flight`
-        micro-batches; and one micro-batch each of input, output and their two gradients in transit.
+        micro-batches; the most that a layer's backward needs beside the activations left by then; frames
+        of what is received, held until the backward, with one more on its way, and of what is sent, held
+        until the neighbour has surely taken it; and the profile's `process_bytes`.
 
         Args:
             start, stop: positions of the stage.
@@ -107,10 +127,29 @@ class CostModel:
         """
         weights = parameter_bytes * (2.0 + self.profile.optimizer_copies)
         buffers = self._buffer_bytes[stop] - self._buffer_bytes[start]
-        activations = in_flight * (self._activation_bytes[stop] - self._activation_bytes[start])
-        received = self._boundary_bytes[start] + self._gradient_bytes[start]
-        sent = self._boundary_bytes[stop] + self._gradient_bytes[stop]
-        return weights + buffers + activations + received + sent
+        # the part of what was received that is kept for backward is in a frame, and counts there
+        own = self._activation_bytes[stop] - self._activation_bytes[start] - self._reused_bytes[start]
+        activations = in_flight * np.maximum(own, 0.0)
+        workspace = np.maximum(self._most(start, stop) - self._activation_bytes[stop], 0.0)
+        inputs, input_gradients = (
+            min(in_flight + 1, self.num_microbatches),
+            min(in_flight + 3, self.num_microbatches),
+        )
+        outputs, output_gradients = inputs, min(2, self.num_microbatches)
+        frames = (
+            inputs * self._boundary_bytes[start]
+            + input_gradients * self._gradient_bytes[start]
+            + outputs * self._boundary_bytes[stop]
+            + output_gradients * self._gradient_bytes[stop]
+        )
+        return weights + buffers + activations + workspace + frames + self.profile.process_bytes
+
+    def _most(self, start: Any, stop: Any) -> Any:
+        """The largest sum of activations from the model's start to the end of a layer and its workspace."""
+        count = np.maximum(np.asarray(stop) - start, 1)
+        level = np.frexp(count)[1] - 1
+        width = 1 << level
+        return np.maximum(self._peaks[level, start], self._peaks[level, np.maximum(stop - width, start)])
 
     def _slowness(self, device: Device) -> float:
         return self.profile.reference_flops_per_s / device.flops_per_s
@@ -137,16 +176,26 @@ def cost_model(profile: Profile, num_microbatches: int) -> CostModel:
                 )
     size = math.ceil(profile.batch_size / num_microbatches)
     layers = profile.layers
+    activation_bytes = size * _prefix([layer.activation_bytes for layer in layers])
+    workspace_bytes = size * np.asarray([layer.workspace_bytes for layer in layers])
     return CostModel(
         profile=profile,
         num_microbatches=num_microbatches,
         microbatch_size=size,
         _forward_s=size * _prefix([layer.forward_s for layer in layers]),
         _backward_s=size * _prefix([layer.backward_s for layer in layers]),
-        _activation_bytes=size * _prefix([layer.activation_bytes for layer in layers]),
+        _activation_bytes=activation_bytes,
         _buffer_bytes=_prefix([layer.buffer_bytes for layer in layers]),
         _boundary_bytes=size * _at_cuts([layer.boundary_bytes for layer in layers]),
         _gradient_bytes=size * _at_cuts([layer.gradient_bytes for layer in layers]),
+        _reused_bytes=size * _at_cuts([layer.reused_bytes for layer in layers]),
+        _peaks=_range_maxima(activation_bytes[1:] + workspace_bytes),
+        _forced=_prefix([layer.must_cut_after for layer in layers]),
+        _pinned=_prefix([layer.device is not None for layer in layers]),
+        _pinned_to={
+            name: _prefix([layer.device == name for layer in layers])
+            for name in sorted({layer.device for layer in layers if layer.device is not None})
+        },
     )
 
 
@@ -171,6 +220,16 @@ def _transfer_s(num_bytes: Any, link: Link) -> Any:
 
 def _prefix(values: Sequence[float]) -> Array:
     return np.concatenate(([0.0], np.cumsum(np.asarray(values, dtype=np.float64))))
+
+
+def _range_maxima(values: Array) -> Array:
+    """`table[k, i]`: the largest of the `2 ** k` values from `i` on, or of as many as there are."""
+    table = [np.concatenate([values, [-np.inf]])]
+    while 1 << len(table) <= len(values):
+        width = 1 << (len(table) - 1)
+        ahead = np.concatenate([table[-1][width:], np.full(width, -np.inf)])
+        table.append(np.maximum(table[-1], ahead))
+    return np.stack(table)
 
 
 def _at_cuts(values: Sequence[float]) -> Array:

@@ -18,6 +18,7 @@ from fedmp.partition.neighbourhood import search_few_orders, search_nearby
 from fedmp.partition.placed import plan_placed, some_orders
 from fedmp.partition.problem import Problem, make_problem
 from fedmp.partition.remedy import infeasible
+from fedmp.partition.rules import check_rules
 from fedmp.partition.search import SCHEDULE_PATTERN, plan_of, search
 from fedmp.partition.space import Found, Space, told_apart
 from fedmp.partition.window import window_lattice
@@ -75,10 +76,11 @@ class Exact(Component):
             The plan; `gap` says how far from the optimum it can be.
 
         Raises:
-            PlanError: there is no device, or two have one name.
+            PlanError: there is no device, two have one name, or forced cuts and pinned layers cannot be kept.
             InfeasibleError: nothing fits; says the least extra memory, or how many more devices, would.
         """
         check_devices(devices)
+        check_rules(profile, devices, self.schedule)
         costs = cost_model(profile, num_microbatches)
         if placed_schedule_by_name(self.schedule) is not None:
             orders, is_every_order = some_orders(devices, in_order=False)

@@ -85,7 +85,22 @@ def _orders(problem: Problem) -> list[tuple[int, ...]]:
     given = [kind_of[index] for index in range(len(problem.devices))]
     fastest = sorted(given, key=lambda kind: -problem.device_of(kind).flops_per_s)
     largest = sorted(fastest, key=lambda kind: -problem.device_of(kind).memory_bytes)
-    return list(dict.fromkeys(tuple(order) for order in (given, fastest, largest)))
+    return list(dict.fromkeys(_among_pinned(problem, order) for order in (given, fastest, largest)))
+
+
+def _among_pinned(problem: Problem, order: Sequence[int]) -> tuple[int, ...]:
+    """The same kinds, those that layers are pinned to where their layers are in the model."""
+    layers = problem.costs.profile.layers
+    places: dict[int, float] = {}
+    for kind in order:
+        name = problem.device_of(kind).name
+        own = [index for index, layer in enumerate(layers) if layer.device == name]
+        if own:
+            places[kind] = (own[0] + own[-1] + 1) / 2 / len(layers)
+    free = [kind for kind in order if kind not in places]
+    placed = [((index + 0.5) / len(free), kind) for index, kind in enumerate(free)]
+    placed += [(place, kind) for kind, place in places.items()]
+    return tuple(kind for _, kind in sorted(placed, key=lambda entry: entry[0]))
 
 
 def _window(turn: int, num_stages: int) -> slice:

@@ -205,8 +205,7 @@ class _Search:
 
     def _fits(self, node: _Node) -> BoolArray:
         """Which end units fit the node's device."""
-        limit = float(self.space.problem.device_of(node.kinds[-1]).memory_bytes)
-        fits: BoolArray = self.space.problem.memory_bytes(self._depth(node))[node.edges[-1]] <= limit
+        fits: BoolArray = self.space.problem.fits(node.kinds[-1], self._depth(node))[node.edges[-1]]
         return fits
 
     def _depth(self, node: _Node) -> int:

@@ -30,6 +30,7 @@ IntArray = npt.NDArray[np.int64]
 _MAX_TRIED = 20_000  # choices of one search, if all of them are tried
 _MAX_ORDERS = 64  # orders of devices to try
 _MAX_TURNS = 60  # of shifting cuts, from one start
+_BROKEN_RULE_BYTES = 2.0**70  # more than anything needs, so that a search first keeps the cut rules
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def plan_placed(
         `step_bound_placed_s`, which is loose.
 
     Raises:
-        PlanError: the model has fewer pieces than the schedule needs stages on one device.
+        PlanError: the model has fewer pieces than the schedule needs stages on one device, or cut rules
+            cannot be kept.
         InfeasibleError: nothing that was tried fits.
     """
     positions = costs.positions()
@@ -91,6 +93,11 @@ def plan_placed(
         raise PlanError(
             f"schedule {schedule!r} needs {fewest} stages on each device, but the model can be cut into "
             f"{len(positions) - 1} pieces at most; use a schedule with one stage a device, such as '1f1b'"
+        )
+    if best.excess_bytes >= _BROKEN_RULE_BYTES / 2:
+        raise PlanError(
+            f"no plan was found that keeps the forced cuts and pinned layers under the schedule {schedule!r}; "
+            f"change the rules, or use a schedule with one stage a device, such as '1f1b'"
         )
     if best.excess_bytes > 0:
         raise _infeasible(costs, devices, schedule, best)
@@ -229,15 +236,11 @@ class _Search:
         for stage, (device, in_flight) in enumerate(
             zip(self._placed.device_of, self._placed.in_flight, strict=True)
         ):
-            start, stop = edges[:, stage], edges[:, stage + 1]
-            needed[device] += np.ceil(
-                self._costs.memory_bytes(
-                    self._positions[start],
-                    self._positions[stop],
-                    in_flight,
-                    self._parameter_bytes[start, stop],
-                )
-            )
+            first, end = edges[:, stage], edges[:, stage + 1]
+            start, stop = self._positions[first], self._positions[end]
+            parameter_bytes = self._parameter_bytes[first, end]
+            needed[device] += np.ceil(self._costs.memory_bytes(start, stop, in_flight, parameter_bytes))
+            needed[device] += _BROKEN_RULE_BYTES * self._costs.num_broken(start, stop, self._on[stage])
         return needed
 
     def _step_s(self, edges: IntArray) -> Array:

@@ -57,8 +57,7 @@ def _shifted(edges: tuple[int, ...]) -> IntArray:
 def _fits(space: Space, edges: IntArray, kinds: list[int], in_flight: list[int]) -> IntArray:
     fits = np.ones(len(edges), dtype=bool)
     for stage, (kind, held) in enumerate(zip(kinds, in_flight, strict=True)):
-        needed = space.problem.memory_bytes(held)[edges[:, stage], edges[:, stage + 1]]
-        fits &= needed <= float(space.problem.device_of(kind).memory_bytes)
+        fits &= space.problem.fits(kind, held)[edges[:, stage], edges[:, stage + 1]]
     return np.flatnonzero(fits)
 
 

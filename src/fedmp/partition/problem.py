@@ -7,7 +7,7 @@ like layers: a stage is the units from index `i` to index `j` of `positions`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,7 @@ class Problem:
     _stops: npt.NDArray[np.int64]
     _parameter_bytes: Array
     _known: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False)
+    _allowed: dict[int, BoolArray] = field(default_factory=dict, repr=False)
 
     @property
     def num_units(self) -> int:
@@ -66,8 +67,15 @@ class Problem:
         return self._once(("memory", in_flight), memory_bytes, in_flight, self._parameter_bytes)
 
     def fits(self, kind: int, in_flight: int) -> BoolArray:
-        """Whether a stage fits a device of that kind, by (first unit, end unit)."""
-        return self.memory_bytes(in_flight) <= float(self.device_of(kind).memory_bytes)
+        """Whether a device of that kind may and can hold a stage, by (first unit, end unit)."""
+        limit = float(self.device_of(kind).memory_bytes)
+        return self.allows(kind) & (self.memory_bytes(in_flight) <= limit)
+
+    def allows(self, kind: int) -> BoolArray:
+        """Whether the cut rules let a device of that kind hold a stage, by (first unit, end unit)."""
+        if kind not in self._allowed:
+            self._allowed[kind] = self.costs.num_broken(self._starts, self._stops, self.device_of(kind)) == 0
+        return self._allowed[kind]
 
     def _once(self, key: tuple[str, int], cost: Callable[..., Array], *rest: Any) -> Array:
         if key not in self._known:
@@ -97,7 +105,10 @@ def make_problem(
         merge_devices: whether interchangeable devices form one kind; False where their order counts.
     """
     positions = tuple(costs.positions() if positions is None else positions)
-    kinds = _kinds(devices, links) if merge_devices else tuple((index,) for index in range(len(devices)))
+    pinned = {layer.device for layer in costs.profile.layers}
+    kinds = (
+        _kinds(devices, links, pinned) if merge_devices else tuple((index,) for index in range(len(devices)))
+    )
     edges = np.asarray(positions)
     starts, stops = np.meshgrid(edges, edges, indexing="ij")
     send_s = np.zeros((len(kinds), len(kinds), len(edges)))
@@ -122,11 +133,15 @@ def make_problem(
     )
 
 
-def _kinds(devices: Sequence[Device], links: Links) -> tuple[tuple[int, ...], ...]:
+def _kinds(
+    devices: Sequence[Device], links: Links, pinned: Collection[str | None]
+) -> tuple[tuple[int, ...], ...]:
+    """Groups of devices that nothing tells apart; one that layers are pinned to is alone in its group."""
     groups: list[list[int]] = []
     for index, device in enumerate(devices):
         for group in groups:
-            if _are_alike(devices[group[0]], device, devices, links):
+            is_free = device.name not in pinned and devices[group[0]].name not in pinned
+            if is_free and _are_alike(devices[group[0]], device, devices, links):
                 group.append(index)
                 break
         else:

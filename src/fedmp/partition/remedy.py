@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from pydantic import ByteSize
 
-from fedmp.errors import InfeasibleError
+from fedmp.errors import InfeasibleError, PlanError
 from fedmp.partition.estimate import CostModel, format_bytes
 from fedmp.partition.lattice import any_order, count_any_order, fixed_order
 from fedmp.partition.problem import make_problem
@@ -21,11 +22,10 @@ __all__ = ["infeasible", "least_extra_bytes"]
 
 _MAX_CELLS = 20_000_000  # of one dynamic program
 _MAX_MORE = 8  # devices to try adding
+_BOUNDLESS = ByteSize(1 << 60)
 
 
-def infeasible(
-    costs: CostModel, devices: Sequence[Device], schedule: str, *, in_order: bool
-) -> InfeasibleError:
+def infeasible(costs: CostModel, devices: Sequence[Device], schedule: str, *, in_order: bool) -> PlanError:
     """An error that says what would make a plan possible.
 
     Args:
@@ -33,7 +33,17 @@ def infeasible(
         devices: none of whose choices fits.
         schedule: that the plan was wanted for.
         in_order: whether the order of the devices is fixed.
+
+    Returns:
+        An `InfeasibleError`, or a `PlanError` if no amount of memory would help.
     """
+    boundless = [Device(device.name, memory_bytes=_BOUNDLESS) for device in devices]
+    if least_extra_bytes(costs, boundless, schedule, target=None, in_order=in_order) == np.inf:
+        names = ", ".join(device.name for device in devices)
+        return PlanError(
+            f"no plan for the devices {names}{', in this order,' if in_order else ''} keeps the forced cuts and "
+            f"pinned layers; change the rules{' or the order, or use the partitioner exact' if in_order else ''}"
+        )
     ways_out = [_more_memory(costs, devices, schedule, in_order=in_order)]
     if in_order:
         ways_out.append(_other_order(costs, devices, schedule))
@@ -85,6 +95,7 @@ def _least_excess(space: Space, target: int | None) -> float:
             limit = float(problem.device_of(kind).memory_bytes)
             over = np.maximum(problem.memory_bytes(space.in_flight(behind)) - limit, 0.0)
             over = over if kind == target else np.where(over > 0, np.inf, 0.0)
+            over = np.where(problem.allows(kind), over, np.inf)
             for state in states:
                 excess[state] = np.maximum(over, after[state - group.start]).min(axis=1)
     return float(excess[:, 0].min())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from pydantic import Field
 
 from fedmp.component import Component
 from fedmp.errors import PlanError
 from fedmp.partition.bound import step_bound_s
 from fedmp.partition.build import build_plan, check_devices
-from fedmp.partition.estimate import cost_model
+from fedmp.partition.estimate import CostModel, cost_model
 from fedmp.partition.placed import step_bound_placed_s
 from fedmp.partition.placed_events import place
+from fedmp.partition.rules import check_rules
 from fedmp.partition.search import SCHEDULE_PATTERN
 from fedmp.records import Plan, Profile
 from fedmp.schedule import placed_schedule_by_name
@@ -24,7 +26,8 @@ __all__ = ["Uniform"]
 class Uniform(Component):
     """Cut into equal numbers of layers, one run for every device, in the order given.
 
-    Where a cut is forbidden, the nearest allowed one is taken.
+    Where a cut is forbidden or forced, or layers are pinned to a device, the cuts are as near to equal
+    parts as that allows.
 
     Args:
         schedule: name of a built-in one, such as "1f1b"; under "interleaved" and "v-shape" every device
@@ -42,10 +45,12 @@ class Uniform(Component):
             profile, devices, links, num_microbatches: as in `Partitioner.plan`.
 
         Raises:
-            PlanError: there are more devices than layers or than places to cut.
+            PlanError: there are more devices than layers or than places to cut, or forced cuts and pinned
+                layers cannot be kept with the devices in this order.
             InfeasibleError: a stage does not fit its device.
         """
         check_devices(devices)
+        check_rules(profile, devices, self.schedule)
         costs = cost_model(profile, num_microbatches)
         stages_on = list(devices)
         if placed_schedule_by_name(self.schedule) is None:
@@ -56,7 +61,7 @@ class Uniform(Component):
         return build_plan(
             profile,
             stages_on,
-            _even_cuts(costs.positions(), len(stages_on)),
+            _even_cuts(costs, stages_on),
             links,
             num_microbatches=num_microbatches,
             schedule=self.schedule,
@@ -65,21 +70,33 @@ class Uniform(Component):
         )
 
 
-def _even_cuts(positions: Sequence[int], num_stages: int) -> list[int]:
-    """The allowed cuts nearest to equal parts, from the left, leaving enough for the rest."""
-    num_layers, num_units = positions[-1], len(positions) - 1
-    if num_stages > num_layers:
-        raise PlanError(f"{num_stages} stages asked for, but the model has only {num_layers} layers")
+def _even_cuts(costs: CostModel, devices: Sequence[Device]) -> list[int]:
+    """The allowed cuts with the least sum of distances to those into equal parts."""
+    positions = costs.positions()
+    num_stages, num_units = len(devices), len(positions) - 1
+    if num_stages > costs.num_layers:
+        raise PlanError(f"{num_stages} stages asked for, but the model has only {costs.num_layers} layers")
     if num_stages > num_units:
         raise PlanError(
             f"{num_stages} stages asked for, but the model can be cut into {num_units} pieces at most"
         )
-    cuts: list[int] = []
-    first = 1
-    for stage in range(1, num_stages):
-        wanted = stage * num_layers / num_stages
-        allowed = range(first, num_units - (num_stages - stage) + 1)
-        unit = min(allowed, key=lambda index: abs(positions[index] - wanted))
+    edges = np.asarray(positions)
+    starts, stops = np.meshgrid(edges, edges, indexing="ij")
+    distance = np.where(edges == 0, 0.0, np.inf)  # of all cuts so far, by the last one
+    cut_before = []
+    for stage, device in enumerate(devices, start=1):
+        is_stage = (starts < stops) & (costs.num_broken(starts, stops, device) == 0)
+        reached = np.where(is_stage, distance[:, None], np.inf)
+        cut_before.append(reached.argmin(axis=0))
+        distance = reached.min(axis=0) + np.abs(edges - stage * costs.num_layers / num_stages)
+    if not np.isfinite(distance[-1]):
+        order = ", ".join(device.name for device in devices)
+        raise PlanError(
+            f"no cuts into {num_stages} stages for {order}, in this order, keep the forced cuts and pinned layers; "
+            f"change the order or the rules, or use the partitioner 'exact'"
+        )
+    cuts, unit = [], num_units
+    for chosen in cut_before[:0:-1]:
+        unit = int(chosen[unit])
         cuts.append(positions[unit])
-        first = unit + 1
-    return cuts
+    return cuts[::-1]

@@ -21,7 +21,8 @@ class StagePlan(BaseModel):
         gradient_s: predicted seconds for that boundary's gradient to come back; 0 as `send_s` is.
         boundary_bytes: bytes of one micro-batch sent to the next stage; 0 as `send_s` is.
         parameter_bytes: its parameters, tied ones included.
-        memory_bytes: predicted peak: weights, gradients, optimizer state, buffers, activations in flight.
+        memory_bytes: predicted peak: weights, gradients, optimizer state, buffers, activations in flight, what
+            a backward needs for a moment, frames, and the process itself.
         device_memory_bytes: what the device has.
         in_flight: the most micro-batches whose activations it holds at once.
     """
