@@ -191,7 +191,7 @@ def plain_simulation(forward, backward, send, gradient, actions) -> float:  # ty
     num_stages = len(forward)
     at = [0] * num_stages
     busy_until = [0.0] * num_stages
-    arrived: dict[tuple[int, ActionKind, int], float] = {}
+    arrived: dict[tuple[int, bool, int], float] = {}
     links: dict[tuple[int, int], float] = {}
     while any(at[stage] < len(actions[stage]) for stage in range(num_stages)):
         startable = []
@@ -200,20 +200,25 @@ def plain_simulation(forward, backward, send, gradient, actions) -> float:  # ty
                 continue
             kind, index = actions[stage][at[stage]]
             source = stage == 0 if kind is ActionKind.FORWARD else stage == num_stages - 1
-            ready = 0.0 if source else arrived.get((stage, kind, index))
+            source |= kind is ActionKind.BACKWARD_WEIGHT
+            came = (stage, kind is ActionKind.FORWARD, index)
+            ready = 0.0 if source else arrived.get(came)
             if ready is not None:
                 startable.append((max(ready, busy_until[stage]), stage))
         start, stage = min(startable)
         kind, index = actions[stage][at[stage]]
         at[stage] += 1
-        stop = start + (forward if kind is ActionKind.FORWARD else backward)[stage]
+        whole = forward[stage] if kind is ActionKind.FORWARD else backward[stage]
+        stop = start + (whole if kind in (ActionKind.FORWARD, ActionKind.BACKWARD) else whole / 2)
         busy_until[stage] = stop
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            continue
         to = stage + 1 if kind is ActionKind.FORWARD else stage - 1
         if 0 <= to < num_stages:
             took = send[stage] if kind is ActionKind.FORWARD else gradient[to]
             leaves = max(stop, links.get((stage, to), 0.0))
             links[stage, to] = leaves + took
-            arrived[to, kind, index] = leaves + took
+            arrived[to, kind is ActionKind.FORWARD, index] = leaves + took
     return max(busy_until)
 
 
