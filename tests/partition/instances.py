@@ -73,6 +73,7 @@ def random_instance(
         reference_flops_per_s=1e11,
         batch_size=rng.choice([4, 8, 10]),
         optimizer_copies=rng.choice([0.0, 1.0, 2.0]),
+        update_s_per_byte=rng.choice([0.0, 1e-7]),
     )
     whole = (2 + profile.optimizer_copies) * sum(sizes.values())
     kinds = [
@@ -149,7 +150,9 @@ def plain_step_s(
         inside = profile.layers[start:stop]
         slowness = profile.reference_flops_per_s / device.flops_per_s
         forward.append(size * sum(layer.forward_s for layer in inside) * slowness)
-        backward.append(size * sum(layer.backward_s for layer in inside) * slowness)
+        updated = sum(profile.parameter_bytes[name] for layer in inside for name in layer.parameters)
+        update_s = profile.update_s_per_byte * updated / instance.num_microbatches
+        backward.append((size * sum(layer.backward_s for layer in inside) + update_s) * slowness)
         names = {name for layer in inside for name in layer.parameters}
         weights = sum(profile.parameter_bytes[name] for name in names)
         memory = profile.process_bytes + weights * (2 + profile.optimizer_copies)

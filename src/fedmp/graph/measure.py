@@ -23,7 +23,7 @@ from fedmp.graph.devices import copy_node, module_on
 from fedmp.graph.estimate import shape_at
 from fedmp.graph.layer_graph import LayerGraph, ModeGraph, node_value
 
-__all__ = ["LayerTime", "measure_flops_per_s", "measure_layers"]
+__all__ = ["LayerTime", "measure_flops_per_s", "measure_layers", "measure_update_s_per_byte"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,25 @@ def measure_flops_per_s(*, size: int = 768, repeats: int = 7) -> float:
     """
     first, second = torch.ones(size, size), torch.ones(size, size)
     return 2 * size**3 / _median_s(lambda: first @ second, repeats)
+
+
+def measure_update_s_per_byte(copies: float, *, size: int = 1 << 22, repeats: int = 5) -> float:
+    """Seconds that an optimizer's step takes for each byte of parameters.
+
+    Args:
+        copies: optimizer state in units of the parameters' size, each kept as a running mean.
+        size: elements to update.
+        repeats: timed runs, of which the median counts.
+    """
+    weights, gradients = torch.zeros(size), torch.ones(size)
+    means = [torch.zeros(size) for _ in range(round(copies))]
+
+    def update() -> None:
+        for mean in means:
+            mean.mul_(0.9).add_(gradients)
+        weights.add_(means[0] if means else gradients, alpha=-0.1)
+
+    return _median_s(update, repeats) / (weights.numel() * weights.itemsize)
 
 
 def measure_layers(
@@ -79,7 +98,7 @@ def measure_layers(
         _compile(mode, start, stop, device, values)
         for start, stop in zip(mode.cuts[:-1], mode.cuts[1:], strict=True)
     ]
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = _clock()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         passes = [_pass(layers, dict(values), clock) for _ in range(1 + max(1, repeats))][1:]
     return [
@@ -179,9 +198,13 @@ def _leaf(value: Any) -> Any:
 
 def _median_s(run: Callable[[], Any], repeats: int) -> float:
     run()
-    times = []
+    times, clock = [], _clock()
     for _ in range(max(1, repeats)):
-        begin_s = time.perf_counter()
+        begin_s = clock()
         run()
-        times.append(time.perf_counter() - begin_s)
+        times.append(clock() - begin_s)
     return statistics.median(times)
+
+
+def _clock() -> Callable[[], float]:
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
