@@ -73,6 +73,7 @@ def random_instance(
         reference_flops_per_s=1e11,
         batch_size=rng.choice([4, 8, 10]),
         optimizer_copies=rng.choice([0.0, 1.0, 2.0]),
+        update_s_per_byte=rng.choice([0.0, 1e-7]),
     )
     whole = (2 + profile.optimizer_copies) * sum(sizes.values())
     kinds = [
@@ -149,7 +150,9 @@ def plain_step_s(
         inside = profile.layers[start:stop]
         slowness = profile.reference_flops_per_s / device.flops_per_s
         forward.append(size * sum(layer.forward_s for layer in inside) * slowness)
-        backward.append(size * sum(layer.backward_s for layer in inside) * slowness)
+        updated = sum(profile.parameter_bytes[name] for layer in inside for name in layer.parameters)
+        update_s = profile.update_s_per_byte * updated / instance.num_microbatches
+        backward.append((size * sum(layer.backward_s for layer in inside) + update_s) * slowness)
         names = {name for layer in inside for name in layer.parameters}
         weights = sum(profile.parameter_bytes[name] for name in names)
         memory = profile.process_bytes + weights * (2 + profile.optimizer_copies)
@@ -191,7 +194,7 @@ def plain_simulation(forward, backward, send, gradient, actions) -> float:  # ty
     num_stages = len(forward)
     at = [0] * num_stages
     busy_until = [0.0] * num_stages
-    arrived: dict[tuple[int, ActionKind, int], float] = {}
+    arrived: dict[tuple[int, bool, int], float] = {}
     links: dict[tuple[int, int], float] = {}
     while any(at[stage] < len(actions[stage]) for stage in range(num_stages)):
         startable = []
@@ -200,20 +203,25 @@ def plain_simulation(forward, backward, send, gradient, actions) -> float:  # ty
                 continue
             kind, index = actions[stage][at[stage]]
             source = stage == 0 if kind is ActionKind.FORWARD else stage == num_stages - 1
-            ready = 0.0 if source else arrived.get((stage, kind, index))
+            source |= kind is ActionKind.BACKWARD_WEIGHT
+            came = (stage, kind is ActionKind.FORWARD, index)
+            ready = 0.0 if source else arrived.get(came)
             if ready is not None:
                 startable.append((max(ready, busy_until[stage]), stage))
         start, stage = min(startable)
         kind, index = actions[stage][at[stage]]
         at[stage] += 1
-        stop = start + (forward if kind is ActionKind.FORWARD else backward)[stage]
+        whole = forward[stage] if kind is ActionKind.FORWARD else backward[stage]
+        stop = start + (whole if kind in (ActionKind.FORWARD, ActionKind.BACKWARD) else whole / 2)
         busy_until[stage] = stop
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            continue
         to = stage + 1 if kind is ActionKind.FORWARD else stage - 1
         if 0 <= to < num_stages:
             took = send[stage] if kind is ActionKind.FORWARD else gradient[to]
             leaves = max(stop, links.get((stage, to), 0.0))
             links[stage, to] = leaves + took
-            arrived[to, kind, index] = leaves + took
+            arrived[to, kind is ActionKind.FORWARD, index] = leaves + took
     return max(busy_until)
 
 

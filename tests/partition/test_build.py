@@ -42,6 +42,7 @@ def three_layers(**changes: object) -> Profile:
         "batch_size": 10,
         "optimizer_copies": 2.0,
         "process_bytes": 50,
+        "update_s_per_byte": 4e-3,
     }
     return Profile.model_validate({**values, **changes})
 
@@ -51,8 +52,9 @@ def test_predictions_by_hand() -> None:
     plan = build_plan(three_layers(), devices, [1], LINKS, num_microbatches=4, schedule="1f1b-short")
     first, second = plan.stages
     assert plan.microbatch_size == 3  # 10 samples in 4 micro-batches, rounded up
-    assert (first.forward_s, first.backward_s) == (3.0, 6.0)
-    assert (second.forward_s, second.backward_s) == (3 * 2 / 4, 3 * 4 / 4)
+    # a quarter of the optimizer's step for each micro-batch; device b is four times as fast
+    assert (first.forward_s, first.backward_s) == pytest.approx((3.0, 6.0 + 4e-3 * 1100 / 4))
+    assert (second.forward_s, second.backward_s) == pytest.approx((3 * 2 / 4, (3 * 4 + 4e-3 * 1011 / 4) / 4))
     assert (first.send_s, first.gradient_s, first.boundary_bytes) == (0.3, 0.6, 30.0)
     assert (second.send_s, second.gradient_s, second.boundary_bytes) == (0.0, 0.0, 0.0)
     assert (first.in_flight, second.in_flight) == (2, 1)

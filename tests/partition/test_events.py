@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmp.partition import StageTimes, gpipe_step_s, simulate, step_s, timeline
-from fedmp.schedule import Action, ActionKind, GPipe, OneFOneB, schedule_by_name
+from fedmp.schedule import Action, ActionKind, GPipe, OneFOneB, ZeroBubble, schedule_by_name
 from tests.partition.instances import plain_simulation
 
-SCHEDULES = ("gpipe", "1f1b", "1f1b-short")
+SCHEDULES = ("gpipe", "1f1b", "1f1b-short", "zero-bubble")
 
 
 def random_times(rng: random.Random, num_stages: int) -> StageTimes[float]:
@@ -50,6 +50,26 @@ def test_simulator_agrees_with_a_plain_one(
     actions = schedule_by_name(schedule).actions(num_stages, num_microbatches)
     plain = plain_simulation(times.forward_s, times.backward_s, times.send_s, times.gradient_s, actions)
     assert simulate(times, actions) == pytest.approx(plain, rel=1e-12)
+
+
+def test_a_split_backward_by_hand() -> None:
+    times = StageTimes(forward_s=[1.0, 2.0], backward_s=[2.0, 4.0], send_s=[0.5], gradient_s=[0.25])
+    # F0 at 0-1, sent by 1.5, F0 on stage 1 until 3.5, I0 until 5.5, back by 5.75, W0 on stage 1 until 7.5
+    # while stage 0 runs I0 until 6.75 and W0 until 7.75.
+    assert step_s(times, "zero-bubble", 1) == 7.75
+    drawn = timeline(times, ZeroBubble(), 1)
+    assert [(str(event.action), event.start_s, event.stop_s) for event in drawn.stages[0]] == [
+        ("F0", 0.0, 1.0),
+        ("I0", 5.75, 6.75),
+        ("W0", 6.75, 7.75),
+    ]
+
+
+def test_a_split_backward_saves_time_where_stages_are_equal() -> None:
+    times = StageTimes([1.0] * 4, [2.0] * 4, [0.0] * 3, [0.0] * 3)
+    # 1F1B idles for (P - 1)(F + B); here each of the P - 1 gradients of inputs comes back a weight gradient earlier
+    assert step_s(times, "1f1b-short", 8) == 8 * 3.0 + 3 * 3.0
+    assert step_s(times, "zero-bubble", 8) == 8 * 3.0 + 3 * 2.0
 
 
 def test_a_step_by_hand() -> None:

@@ -24,6 +24,7 @@ def agree(seed: int) -> None:
         ("gpipe", ("gpipe",)),
         ("1f1b", ("1f1b", "1f1b-short")),
         ("1f1b-short", ("1f1b-short",)),
+        ("zero-bubble", ("zero-bubble",)),
     ):
         best = brute_force(instance, allowed)
         try:

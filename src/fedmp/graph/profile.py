@@ -13,9 +13,14 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from fedmp.graph.estimate import CallCost, estimate_calls, shape_at
+from fedmp.graph.estimate import FLOPS_PER_BYTE, CallCost, estimate_calls, shape_at
 from fedmp.graph.layer_graph import LayerGraph, ModeGraph, node_value
-from fedmp.graph.measure import LayerTime, measure_flops_per_s, measure_layers
+from fedmp.graph.measure import (
+    LayerTime,
+    measure_flops_per_s,
+    measure_layers,
+    measure_update_s_per_byte,
+)
 from fedmp.records import LayerProfile, Profile
 
 __all__ = ["profile"]
@@ -63,9 +68,12 @@ def profile(
         measured = measure_layers(graph, model, size)
         times = [LayerTime(time.forward_s / size, time.backward_s / size) for time in measured]
         reference = measure_flops_per_s()
+        update_s_per_byte = measure_update_s_per_byte(optimizer_copies)
     else:
         times = _estimated_times(graph, calls, num_samples)
         reference = _REFERENCE_FLOPS_PER_S
+        # a copy is scaled (2 accesses) and added to (3), and then the weights are (3)
+        update_s_per_byte = (5 * optimizer_copies + 3) * FLOPS_PER_BYTE / reference
     return Profile(
         layers=tuple(_layer(graph, index, calls, times[index], num_samples) for index in range(len(times))),
         parameter_bytes={
@@ -74,6 +82,7 @@ def profile(
         reference_flops_per_s=reference,
         batch_size=batch_size or graph.batch_size,
         optimizer_copies=optimizer_copies,
+        update_s_per_byte=update_s_per_byte,
         process_bytes=_PROCESS_BYTES,
         method=method,
         fingerprint=graph.fingerprint,

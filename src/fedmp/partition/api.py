@@ -55,7 +55,8 @@ def partition(
         partitioner: "uniform" (every device, equally many layers), "balanced" (devices in the order
             given), "exact" (also chooses the devices and their order), or an object of your own.
         num_microbatches: into which a batch is cut.
-        schedule: "gpipe", "1f1b" or "1f1b-short"; None for the partitioner's own choice.
+        schedule: "gpipe", "1f1b", "1f1b-short", "zero-bubble", "interleaved" or "v-shape"; None
+            for the partitioner's own choice.
         batch_size: samples in one optimizer step; None for that of the example inputs.
         optimizer_copies: optimizer state in units of the parameters' size (SGD 0, with momentum 1, Adam 2).
         costs: "flops" estimates the layers' times, for models of any size; "measured" runs each layer here,

@@ -12,14 +12,13 @@ from fedmp.partition.build import check_devices
 from fedmp.partition.coarse import coarse_positions
 from fedmp.partition.estimate import cost_model
 from fedmp.partition.lattice import fixed_order
-from fedmp.partition.placed import plan_placed, some_orders
+from fedmp.partition.placed import is_placed, plan_placed, some_orders
 from fedmp.partition.problem import make_problem
 from fedmp.partition.remedy import infeasible
 from fedmp.partition.rules import check_rules
 from fedmp.partition.search import SCHEDULE_PATTERN, plan_of, search
 from fedmp.partition.space import Space, told_apart
 from fedmp.records import Plan, Profile
-from fedmp.schedule import placed_schedule_by_name
 from fedmp.topology import Device, Links
 
 __all__ = ["Balanced"]
@@ -36,7 +35,7 @@ class Balanced(Component):
     event simulator for the choices with the least bounds. The order is what `Exact` adds.
 
     Args:
-        schedule: "gpipe", "1f1b" or "1f1b-short"; "interleaved" or "v-shape", for which see `placed.py`.
+        schedule: "gpipe", "1f1b" or "1f1b-short"; "zero-bubble", "interleaved" or "v-shape", for which see `placed.py`.
         max_expansions: how many partial choices to look into beyond the dynamic program.
     """
 
@@ -62,7 +61,7 @@ class Balanced(Component):
         check_devices(devices)
         check_rules(profile, devices, self.schedule)
         costs = cost_model(profile, num_microbatches)
-        if placed_schedule_by_name(self.schedule) is not None:
+        if is_placed(self.schedule):
             orders, _ = some_orders(devices, in_order=True)
             return plan_placed(
                 costs,

@@ -55,9 +55,11 @@ def _waiting_bound_s(costs: CostModel, speeds: Array, ways: Array, schedule: str
 
 def _smaller_share(costs: CostModel) -> float:
     """The smaller of forward and backward as a share of both, for any run of layers at most."""
-    layers = [layer for layer in costs.profile.layers if layer.forward_s + layer.backward_s > 0]
-    shares = [layer.forward_s / (layer.forward_s + layer.backward_s) for layer in layers]
-    low, high = min(shares), max(shares)
+    edges, device = np.arange(costs.num_layers), Device("reference", costs.profile.reference_flops_per_s)
+    forward_s, backward_s = (cost(edges, edges + 1, device) for cost in (costs.forward_s, costs.backward_s))
+    busy = forward_s + backward_s > 0
+    shares = forward_s[busy] / (forward_s[busy] + backward_s[busy])
+    low, high = float(shares.min()), float(shares.max())
     return 0.5 if low <= 0.5 <= high else max(min(low, 1 - low), min(high, 1 - high))
 
 

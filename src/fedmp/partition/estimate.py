@@ -78,7 +78,10 @@ class CostModel:
         return (self._forward_s[stop] - self._forward_s[start]) * self._slowness(device)
 
     def backward_s(self, start: Any, stop: Any, device: Device) -> Any:
-        """Seconds of the backward of layers `start` to `stop` on `device`."""
+        """Seconds of the backward of layers `start` to `stop` on `device`.
+
+        The optimizer's step is spread over the micro-batches, since it is work of the stage like theirs.
+        """
         return (self._backward_s[stop] - self._backward_s[start]) * self._slowness(device)
 
     def send_s(self, position: Any, link: Link) -> Any:
@@ -177,13 +180,15 @@ def cost_model(profile: Profile, num_microbatches: int) -> CostModel:
     size = math.ceil(profile.batch_size / num_microbatches)
     layers = profile.layers
     activation_bytes = size * _prefix([layer.activation_bytes for layer in layers])
+    updated_bytes = [sum(profile.parameter_bytes[name] for name in layer.parameters) for layer in layers]
     workspace_bytes = size * np.asarray([layer.workspace_bytes for layer in layers])
     return CostModel(
         profile=profile,
         num_microbatches=num_microbatches,
         microbatch_size=size,
         _forward_s=size * _prefix([layer.forward_s for layer in layers]),
-        _backward_s=size * _prefix([layer.backward_s for layer in layers]),
+        _backward_s=size * _prefix([layer.backward_s for layer in layers])
+        + profile.update_s_per_byte / num_microbatches * _prefix(updated_bytes),
         _activation_bytes=activation_bytes,
         _buffer_bytes=_prefix([layer.buffer_bytes for layer in layers]),
         _boundary_bytes=size * _at_cuts([layer.boundary_bytes for layer in layers]),

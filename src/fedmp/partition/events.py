@@ -4,6 +4,9 @@ Every stage runs its actions in the order its schedule lists them. A message lea
 produced and its link is free; a link carries one message at a time in each direction; sending does not
 hold up the sender. That makes the order of all events a fixed graph without cycles, whatever the times,
 so the graph is walked once, and times may be arrays: many plans of equally many stages in one go.
+
+A split backward's halves, the gradient of the inputs and that of the weights, are charged half of the backward
+each: a matrix product has one product for either, as large as its forward.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ import numpy as np
 from fedmp.partition.estimate import Array
 from fedmp.schedule import Action, ActionKind, Schedule, schedule_by_name
 
-__all__ = ["StageTimes", "Timeline", "gpipe_step_s", "simulate", "step_s", "timeline"]
+__all__ = ["SHARE_OF_HALF", "StageTimes", "Timeline", "gpipe_step_s", "simulate", "step_s", "timeline"]
 
 T = TypeVar("T", float, Array)
+
+SHARE_OF_HALF = 0.5  # of a whole backward, for either half of a split one
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def step_s(times: StageTimes[T], schedule: str, num_microbatches: int) -> T:
 
     Args:
         times: of one plan (floats) or of many (arrays).
-        schedule: "gpipe" (by its closed form), "1f1b" or "1f1b-short" (simulated).
+        schedule: "gpipe" (by its closed form), "1f1b", "1f1b-short" or "zero-bubble" (simulated).
         num_microbatches: micro-batches of the step.
 
     Returns:
@@ -103,9 +108,10 @@ def timeline(times: StageTimes[float], schedule: Schedule, num_microbatches: int
     stops: list[float] = []
     seconds = _run(times, order, num_microbatches, stops)
     stages: list[list[TimedEvent]] = [[] for _ in range(times.num_stages)]
-    for (stage, is_forward, microbatch), stop in zip(order, stops, strict=True):
-        kind = ActionKind.FORWARD if is_forward else ActionKind.BACKWARD
-        took = (times.forward_s if is_forward else times.backward_s)[stage]
+    for (stage, kind, microbatch), stop in zip(order, stops, strict=True):
+        took = (
+            times.forward_s[stage] if kind is ActionKind.FORWARD else _share(kind) * times.backward_s[stage]
+        )
         stages[stage].append(TimedEvent(Action(kind, microbatch), stop - took, stop))
     return Timeline(step_s=seconds, stages=tuple(map(tuple, stages)))
 
@@ -131,7 +137,7 @@ def gpipe_step_s(times: StageTimes[T], num_microbatches: int) -> T:
 
 class _Step(NamedTuple):
     stage: int
-    is_forward: bool
+    kind: ActionKind
     microbatch: int
 
 
@@ -151,14 +157,16 @@ def _run(
     sending, returning = [zero] * (last + 1), [zero] * (last + 1)
     inputs = [[zero] * num_microbatches for _ in range(last + 1)]
     gradients = [[zero] * num_microbatches for _ in range(last + 1)]
-    for stage, is_forward, microbatch in order:
-        if is_forward:
+    for stage, kind, microbatch in order:
+        if kind is ActionKind.FORWARD:
             stop = maximum(free[stage], inputs[stage][microbatch]) + forward_s[stage]
             if stage < last:
                 sending[stage] = maximum(sending[stage], stop) + send_s[stage]
                 inputs[stage + 1][microbatch] = sending[stage]
+        elif kind is ActionKind.BACKWARD_WEIGHT:
+            stop = free[stage] + SHARE_OF_HALF * backward_s[stage]
         else:
-            stop = maximum(free[stage], gradients[stage][microbatch]) + backward_s[stage]
+            stop = maximum(free[stage], gradients[stage][microbatch]) + _share(kind) * backward_s[stage]
             if stage > 0:
                 returning[stage] = maximum(returning[stage], stop) + gradient_s[stage - 1]
                 gradients[stage - 1][microbatch] = returning[stage]
@@ -179,20 +187,22 @@ def _built_in_order(schedule: str, num_stages: int, num_microbatches: int) -> tu
 def _order(actions: Sequence[Sequence[Action]]) -> list[_Step]:
     """All actions, each after those that it waits for."""
     last, position = len(actions) - 1, [0] * len(actions)
-    done: set[_Step] = set()
+    done: set[tuple[int, bool, int]] = set()  # stage, whether forward, micro-batch; of what others wait for
     order: list[_Step] = []
     waiting = list(range(len(actions)))
     while waiting:
         stage = waiting.pop()
         for kind, microbatch in actions[stage][position[stage] :]:
-            step = _Step(stage, kind is ActionKind.FORWARD, microbatch)
-            needed = _needed(step, last)
+            needed = _needed(stage, kind, microbatch, last)
             if needed is not None and needed not in done:
                 break
             position[stage] += 1
-            done.add(step)
-            order.append(step)
-            neighbour = stage + 1 if step.is_forward else stage - 1
+            order.append(_Step(stage, kind, microbatch))
+            if kind is ActionKind.BACKWARD_WEIGHT:
+                continue
+            is_forward = kind is ActionKind.FORWARD
+            done.add((stage, is_forward, microbatch))
+            neighbour = stage + 1 if is_forward else stage - 1
             if 0 <= neighbour <= last and neighbour not in waiting:
                 waiting.append(neighbour)
     if any(at < len(listed) for at, listed in zip(position, actions, strict=True)):
@@ -202,12 +212,16 @@ def _order(actions: Sequence[Sequence[Action]]) -> list[_Step]:
     return order
 
 
-def _needed(step: _Step, last: int) -> _Step | None:
-    if step.is_forward:
-        return _Step(step.stage - 1, True, step.microbatch) if step.stage > 0 else None
-    return (
-        _Step(step.stage + 1, False, step.microbatch) if step.stage < last else step._replace(is_forward=True)
-    )
+def _needed(stage: int, kind: ActionKind, microbatch: int, last: int) -> tuple[int, bool, int] | None:
+    if kind is ActionKind.BACKWARD_WEIGHT:
+        return None  # but for its other half, which is before it in its stage's own list
+    if kind is ActionKind.FORWARD:
+        return (stage - 1, True, microbatch) if stage > 0 else None
+    return (stage + 1, False, microbatch) if stage < last else (stage, True, microbatch)
+
+
+def _share(kind: ActionKind) -> float:
+    return 1.0 if kind is ActionKind.BACKWARD else SHARE_OF_HALF
 
 
 def _num_microbatches(actions: Sequence[Sequence[Action]]) -> int:

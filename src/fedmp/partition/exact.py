@@ -15,7 +15,7 @@ from fedmp.partition.coarse import coarse_positions
 from fedmp.partition.estimate import CostModel, cost_model
 from fedmp.partition.lattice import any_order, count_any_order
 from fedmp.partition.neighbourhood import search_few_orders, search_nearby
-from fedmp.partition.placed import plan_placed, some_orders
+from fedmp.partition.placed import is_placed, plan_placed, some_orders
 from fedmp.partition.problem import Problem, make_problem
 from fedmp.partition.remedy import infeasible
 from fedmp.partition.rules import check_rules
@@ -23,7 +23,6 @@ from fedmp.partition.search import SCHEDULE_PATTERN, plan_of, search
 from fedmp.partition.space import Found, Space, told_apart
 from fedmp.partition.window import window_lattice
 from fedmp.records import Plan, Profile
-from fedmp.schedule import placed_schedule_by_name
 from fedmp.topology import Device, Links
 
 __all__ = ["Exact"]
@@ -82,7 +81,7 @@ class Exact(Component):
         check_devices(devices)
         check_rules(profile, devices, self.schedule)
         costs = cost_model(profile, num_microbatches)
-        if placed_schedule_by_name(self.schedule) is not None:
+        if is_placed(self.schedule):
             orders, is_every_order = some_orders(devices, in_order=False)
             return plan_placed(
                 costs,

@@ -1,8 +1,9 @@
-"""Plans for schedules that give a device several stages: what all built-in partitioners do for those.
+"""Plans for schedules that give a device several stages or split backwards: one way for all partitioners.
 
-Stages of one device share its time and memory, wherever they lie in the model, so the dynamic programs of
-the other searches do not apply. Where there are few choices all are tried, which proves the best; where
-there are many, cuts are shifted from several starts for as long as the event simulator says that it helps.
+Stages of one device share its time and memory, wherever they lie in the model, and weight gradients fill
+bubbles, so the dynamic programs and bounds of the other searches do not apply. Where there are few choices
+all are tried, which proves the best; where there are many, cuts are shifted from several starts for as long
+as the event simulator says that it helps.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from fedmp.partition.estimate import Array, CostModel, format_bytes
 from fedmp.partition.events import StageTimes
 from fedmp.partition.placed_events import Placed, place, simulate_placed
 from fedmp.records import Plan
+from fedmp.schedule import placed_schedule_by_name
 from fedmp.topology import Device, Links
 
-__all__ = ["plan_placed", "some_orders", "step_bound_placed_s"]
+__all__ = ["is_placed", "plan_placed", "some_orders", "step_bound_placed_s"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -48,6 +50,11 @@ class _Choice:
         return self.excess_bytes, self.step_s
 
 
+def is_placed(schedule: str) -> bool:
+    """Whether a built-in schedule's plans are made here."""
+    return schedule == "zero-bubble" or placed_schedule_by_name(schedule) is not None
+
+
 def plan_placed(
     costs: CostModel,
     devices: Sequence[Device],
@@ -58,12 +65,12 @@ def plan_placed(
     is_every_order: bool,
     partitioner: str,
 ) -> Plan:
-    """The best plan that is found for a placed schedule.
+    """The best plan that is found for a schedule of which `is_placed` is true.
 
     Args:
         costs: of the model.
         devices, links: the client's.
-        schedule: that places several stages on a device.
+        schedule: its name.
         orders: of devices to try; each may leave some out.
         is_every_order: whether `orders` are all that there are, so that trying all cuts is a proof.
         partitioner: name of who asks.

@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmp.partition.events import StageTimes, T
-from fedmp.schedule import ActionKind, PlacedAction, peak_in_flight, placed_schedule_by_name
+from fedmp.partition.events import SHARE_OF_HALF, StageTimes, T
+from fedmp.schedule import (
+    ActionKind,
+    PlacedAction,
+    peak_in_flight,
+    placed_schedule_by_name,
+    schedule_by_name,
+)
 
 __all__ = ["Placed", "place", "simulate_placed"]
-
-_OF_SPLIT = 0.5  # of a whole backward, for either half
 
 
 class Placed(NamedTuple):
@@ -39,14 +43,13 @@ class Placed(NamedTuple):
 
 @lru_cache(maxsize=128)
 def place(schedule: str, num_devices: int, num_microbatches: int) -> Placed:
-    """Lay a built-in schedule out for so many devices.
-
-    Raises:
-        ValueError: it is none of those that give a device several stages.
-    """
+    """Lay a built-in schedule out for so many devices; one with one stage a device, too."""
     found = placed_schedule_by_name(schedule)
     if found is None:
-        raise ValueError(f"schedule {schedule!r} gives each device one stage")
+        plain = schedule_by_name(schedule).actions(num_devices, num_microbatches)
+        lists = tuple(tuple(PlacedAction(*action, at) for action in own) for at, own in enumerate(plain))
+        each = tuple(range(num_devices))
+        return Placed(tuple((at,) for at in each), lists, each, tuple(map(peak_in_flight, lists)))
     placement = tuple(map(tuple, found.placement(num_devices)))
     actions = tuple(map(tuple, found.placed_actions(num_devices, num_microbatches)))
     device_of = {stage: device for device, own in enumerate(placement) for stage in own}
@@ -128,9 +131,9 @@ class _Walk:
                 return None
             return self._pass_on(device, self._inputs, stage + 1, microbatch, self._times.send_s[stage])
         if kind is ActionKind.BACKWARD_WEIGHT:
-            self._work(device, _OF_SPLIT * self._times.backward_s[stage], self._zero)
+            self._work(device, SHARE_OF_HALF * self._times.backward_s[stage], self._zero)
             return None
-        share = 1.0 if kind is ActionKind.BACKWARD else _OF_SPLIT
+        share = 1.0 if kind is ActionKind.BACKWARD else SHARE_OF_HALF
         self._work(device, share * self._times.backward_s[stage], self._gradients[at])
         if stage == 0:
             return None

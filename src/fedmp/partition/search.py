@@ -17,7 +17,7 @@ from fedmp.topology import Device
 __all__ = ["PLACED_PATTERN", "SCHEDULE_PATTERN", "plan_of", "search"]
 
 PLACED_PATTERN = "interleaved(-[1-9][0-9]*)?|v-shape|v-shape-whole"
-SCHEDULE_PATTERN = f"^(gpipe|1f1b|1f1b-short|{PLACED_PATTERN})$"
+SCHEDULE_PATTERN = f"^(gpipe|1f1b|1f1b-short|zero-bubble|{PLACED_PATTERN})$"
 
 _USUAL_UNITS = 150  # an expansion takes longer for longer models, so there are fewer
 _SWEEP_CELLS = 800_000_000  # cells of all sweeps of one search, about 4 s

@@ -12,12 +12,11 @@ from fedmp.errors import PlanError
 from fedmp.partition.bound import step_bound_s
 from fedmp.partition.build import build_plan, check_devices
 from fedmp.partition.estimate import CostModel, cost_model
-from fedmp.partition.placed import step_bound_placed_s
+from fedmp.partition.placed import is_placed, step_bound_placed_s
 from fedmp.partition.placed_events import place
 from fedmp.partition.rules import check_rules
 from fedmp.partition.search import SCHEDULE_PATTERN
 from fedmp.records import Plan, Profile
-from fedmp.schedule import placed_schedule_by_name
 from fedmp.topology import Device, Links
 
 __all__ = ["Uniform"]
@@ -53,7 +52,7 @@ class Uniform(Component):
         check_rules(profile, devices, self.schedule)
         costs = cost_model(profile, num_microbatches)
         stages_on = list(devices)
-        if placed_schedule_by_name(self.schedule) is None:
+        if not is_placed(self.schedule):
             bound_s = step_bound_s(costs, devices, links, self.schedule)
         else:
             stages_on = [devices[d] for d in place(self.schedule, len(devices), num_microbatches).device_of]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fedmp.graph.deferred import WeightGradients, deferred_module
 from fedmp.graph.program_module import program_module
-from fedmp.pipeline.deferred import DeferredConvolution, DeferredLinear, WeightGradients
 from fedmp.seeds import derive_seed
 from fedmp.stages import Program
 
@@ -123,15 +123,7 @@ def defer_weight_gradients(
     }
 
     def module_for(node: fx.Node) -> nn.Module | None:
-        if len(node.args) < 2 or sizes.get(node.args[1], -1) < smallest:
-            return None
-        if len(node.args) > 2 and node.args[2] is not None and node.args[2] not in sizes:
-            return None
-        if node.target is torch.ops.aten.linear.default:
-            return DeferredLinear(store)
-        if node.target in (torch.ops.aten.conv2d.default, torch.ops.aten.conv1d.default):
-            return DeferredConvolution(store, 2 if node.target is torch.ops.aten.conv2d.default else 1)
-        return None
+        return deferred_module(node, store, sizes, smallest=smallest)
 
     return _with_modules(program, "deferred", module_for)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_unflatten
 
-from fedmp.pipeline.deferred import WeightGradients
+from fedmp.graph.deferred import LARGE_WEIGHT, WeightGradients
 from fedmp.pipeline.microbatches import BatchResult
 from fedmp.pipeline.options import RunnerOptions
 from fedmp.pipeline.rewrite import RandomKey, defer_weight_gradients, mutated_inputs, seed_randomness
@@ -22,7 +22,6 @@ __all__ = ["StageWork"]
 _SCORED_AT_ONCE = 1 << 20
 _KEPT_WHOLE = 1 << 14
 # elements from which adding a gradient in place is worth a call into Python
-_LARGE_WEIGHT = 1 << 18
 
 Held = tuple[Sequence[torch.Tensor], list[Any], list[torch.Tensor] | None]
 
@@ -257,6 +256,6 @@ class StageWork:
             if splits:
                 program = defer_weight_gradients(program, self._store, elements)
             elif training:
-                program = defer_weight_gradients(program, self._at_once, elements, smallest=_LARGE_WEIGHT)
+                program = defer_weight_gradients(program, self._at_once, elements, smallest=LARGE_WEIGHT)
             self._programs[key] = program
         return self._programs[key]

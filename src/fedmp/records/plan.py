@@ -15,7 +15,8 @@ class StagePlan(BaseModel):
     Attributes:
         device: name of the device that runs it.
         start, stop: its layers are `plan.layer_names[start:stop]`.
-        forward_s, backward_s: predicted seconds of one micro-batch.
+        forward_s, backward_s: predicted seconds of one micro-batch; the backward has its share of the
+            optimizer's step.
         send_s: predicted seconds to send one micro-batch's boundary to the next stage; 0 for the last, and
             where the next stage is on the same device.
         gradient_s: predicted seconds for that boundary's gradient to come back; 0 as `send_s` is.

@@ -63,6 +63,7 @@ class Profile(BaseModel):
             another speed a layer takes `forward_s * reference_flops_per_s / device.flops_per_s`.
         batch_size: samples in one optimizer step.
         optimizer_copies: optimizer state in units of the parameters' size (SGD 0, with momentum 1, Adam 2).
+        update_s_per_byte: seconds of the optimizer's step for each byte of parameters, on the reference device.
         process_bytes: what a stage's process needs beside tensors once it works.
         method: how the times were found: "flops" or "measured".
         fingerprint: of the graph that was profiled.
@@ -75,6 +76,7 @@ class Profile(BaseModel):
     reference_flops_per_s: float = Field(gt=0)
     batch_size: int = Field(gt=0)
     optimizer_copies: float = Field(default=1.0, ge=0)
+    update_s_per_byte: float = Field(default=0.0, ge=0)
     process_bytes: int = Field(default=0, ge=0)
     method: str = "flops"
     fingerprint: str = ""

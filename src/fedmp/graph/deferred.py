@@ -1,19 +1,22 @@
 """Layers that add the gradient of their weight to `grad` themselves: in place, and later if asked to.
 
 Autograd makes a weight's gradient anew for every micro-batch and then adds it; for a large weight that
-costs its memory once more, and two passes through it. Here the product is added as it is computed.
+costs its memory once more, and two passes through it. Here the product is added as it is computed. Pipelines
+run so, and layers are measured so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
-__all__ = ["DeferredConvolution", "DeferredLinear", "WeightGradients"]
+__all__ = ["LARGE_WEIGHT", "WeightGradients", "deferred_module"]
+
+LARGE_WEIGHT = 1 << 18  # elements; for smaller ones, autograd is faster
 
 Work = Callable[[], None]
 
@@ -52,7 +55,32 @@ class WeightGradients:
         self._waiting.clear()
 
 
-class DeferredLinear(nn.Module):
+def deferred_module(
+    node: fx.Node, store: WeightGradients, sizes: Mapping[Any, int], *, smallest: int
+) -> nn.Module | None:
+    """What to call in place of a node so that it leaves its weight's gradient to `store`.
+
+    Args:
+        node: of a graph of ATen calls.
+        store: where the work that remains is kept.
+        sizes: elements of each parameter, by its placeholder.
+        smallest: weights of fewer elements stay with autograd.
+
+    Returns:
+        None for other calls than linear layers and convolutions of parameters.
+    """
+    if len(node.args) < 2 or sizes.get(node.args[1], -1) < smallest:
+        return None
+    if len(node.args) > 2 and node.args[2] is not None and node.args[2] not in sizes:
+        return None
+    if node.target is torch.ops.aten.linear.default:
+        return _DeferredLinear(store)
+    if node.target in (torch.ops.aten.conv2d.default, torch.ops.aten.conv1d.default):
+        return _DeferredConvolution(store, 2 if node.target is torch.ops.aten.conv2d.default else 1)
+    return None
+
+
+class _DeferredLinear(nn.Module):
     """`aten.linear`, the gradient of its weight left to `store`."""
 
     def __init__(self, store: WeightGradients) -> None:
@@ -66,7 +94,7 @@ class DeferredLinear(nn.Module):
         return _apply(_Linear, inputs, weight, bias, self._store)
 
 
-class DeferredConvolution(nn.Module):
+class _DeferredConvolution(nn.Module):
     """`aten.conv1d` or `aten.conv2d`, the gradient of its weight left to `store`."""
 
     def __init__(self, store: WeightGradients, num_dims: int) -> None:
