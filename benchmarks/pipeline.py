@@ -3,12 +3,14 @@
     python benchmarks/pipeline.py                 two processes, three sizes, against the rival
     python benchmarks/pipeline.py --dilated       four slowed processes, against the event simulator
     python benchmarks/pipeline.py --compression   bytes between two devices, and accuracy
+    python benchmarks/pipeline.py --recovery      tear a group down and bring the next one up
 
 Two processes with one thread each, gloo over loopback, 8 micro-batches, 1F1B for both. The three ways
 take turns within the same processes, so that a busy machine slows all of them alike. The rival runs plain
 `nn.Sequential` stages, its best case; fedmp runs the traced stages that its users get. "Ideal" is the
 one-process time / 2 x (M + 1) / M, the pipeline's bubble and nothing else; "with both cores busy" takes
 that time while the other process does the same, since two processes share caches, memory and the host.
+Where both differ, the machine has not two cores to give. No way includes the optimizer's step.
 """
 
 from __future__ import annotations
@@ -267,6 +269,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 FORWARD_S = (0.020, 0.032, 0.024, 0.016)
+PLACED = ("interleaved", "v-shape", "v-shape-whole")
 
 
 def dilated_worker(rank: int, pipe: Connection, repeats: int) -> None:
@@ -275,6 +278,7 @@ def dilated_worker(rank: int, pipe: Connection, repeats: int) -> None:
 
     from fedmp.graph import trace
     from fedmp.pipeline import (
+        DeviceRunner,
         DistributedTransport,
         MicroBatches,
         Pace,
@@ -284,7 +288,7 @@ def dilated_worker(rank: int, pipe: Connection, repeats: int) -> None:
         join_rendezvous,
         microbatch_sizes,
     )
-    from fedmp.schedule import schedule_by_name
+    from fedmp.schedule import placed_schedule_by_name, schedule_by_name
     from fedmp.stages import split_graph
     from fedmp.tasks import CrossEntropy
 
@@ -306,12 +310,31 @@ def dilated_worker(rank: int, pipe: Connection, repeats: int) -> None:
     runner = StageRunner(stage, CrossEntropy(), transport, options=RunnerOptions(pace=pace))
     sizes = microbatch_sizes(size.batch_size, MICROBATCHES)
     parts = MicroBatches(sizes, [(part,) for part in inputs.split(sizes)], targets.split(sizes))
-    times: dict[str, list[float]] = {name: [] for name in ("gpipe", "1f1b", "1f1b-short")}
+    ways: dict[str, tuple[DeviceRunner, Any]] = {
+        name: (runner, schedule_by_name(name)) for name in ("gpipe", "1f1b", "1f1b-short", "zero-bubble")
+    }
+    for name in PLACED:
+        schedule = placed_schedule_by_name(name)
+        assert schedule is not None
+        placement = schedule.placement(4)
+        eight = split_graph(graph, _plan(names, [round(len(names) * i / 8) for i in range(1, 8)]), model)
+        half = RunnerOptions(pace=Pace(FORWARD_S[rank] / 2, FORWARD_S[rank]))
+        several = DeviceRunner(
+            [eight[index] for index in placement[rank]],
+            CrossEntropy(),
+            transport,
+            device=rank,
+            placement=placement,
+            options=half,
+        )
+        ways[name] = several, schedule
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, recorded in times.items():
+            way, schedule = ways[name]
             dist.barrier()
             start = time.perf_counter()
-            runner.train_batch(parts, schedule_by_name(name), round=1, step=0)
+            way.train_batch(parts, schedule, round=1, step=0)
             dist.barrier()
             if repeat:
                 recorded.append(time.perf_counter() - start)
@@ -322,8 +345,6 @@ def dilated_worker(rank: int, pipe: Connection, repeats: int) -> None:
 
 def dilate(repeats: int) -> list[dict[str, Any]]:
     """Four slowed processes against the event simulator."""
-    from fedmp.partition.events import StageTimes, step_s
-
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(4)]
     processes = [
@@ -334,14 +355,103 @@ def dilate(repeats: int) -> list[dict[str, Any]]:
     port = pipes[0][0].recv()
     for mine, _ in pipes[1:]:
         mine.send(port)
-    backward = [2 * seconds for seconds in FORWARD_S]
-    predicted = StageTimes(list(FORWARD_S), backward, [0.0] * 3, [0.0] * 3)
     rows = []
     for name, seconds in pipes[0][0].recv().items():
-        expected, found = step_s(predicted, name, MICROBATCHES), statistics.median(seconds)
+        expected, found = predict_s(name), statistics.median(seconds)
         rows.append({"schedule": name, "predicted_s": expected, "measured_s": found})
         print(
             f"{name:12} measured {1e3 * found:7.1f} ms, predicted {1e3 * expected:7.1f} ms, {found / expected:.3f}"
+        )
+    for process in processes:
+        process.join()
+    return rows
+
+
+def predict_s(name: str) -> float:
+    """What the event simulator says of the four slowed devices, with links that take no time."""
+    from fedmp.partition.events import StageTimes
+    from fedmp.partition.placed_events import place, simulate_placed
+    from fedmp.schedule import PlacedAction, schedule_by_name
+
+    if name in PLACED:
+        placed = place(name, 4, MICROBATCHES)
+        actions, placement, share = placed.actions, placed.placement, 0.5
+        forward = [share * FORWARD_S[device] for device in placed.device_of]
+    else:
+        plain = schedule_by_name(name).actions(4, MICROBATCHES)
+        actions = [[PlacedAction(*action, s) for action in listed] for s, listed in enumerate(plain)]
+        placement, forward = [(stage,) for stage in range(4)], list(FORWARD_S)
+    backward = [2 * seconds for seconds in forward]
+    free = [0.0] * (len(forward) - 1)
+    return simulate_placed(StageTimes(forward, backward, free, free), actions, placement)
+
+
+def recovering_worker(rank: int, pipe: Connection, repeats: int) -> None:
+    """One of two processes that leave a group in the middle of a step and meet in the next generation."""
+    from fedmp.graph import trace
+    from fedmp.pipeline import (
+        DistributedTransport,
+        MicroBatches,
+        StageRunner,
+        host_rendezvous,
+        join_rendezvous,
+        microbatch_sizes,
+    )
+    from fedmp.schedule import OneFOneB
+    from fedmp.stages import split_graph
+    from fedmp.tasks import CrossEntropy
+
+    torch.set_num_threads(1)
+    if rank == 0:
+        rendezvous = host_rendezvous("127.0.0.1")
+        pipe.send(rendezvous.port)
+    else:
+        rendezvous = join_rendezvous("127.0.0.1", pipe.recv())
+
+    def join(generation: int) -> DistributedTransport:
+        return DistributedTransport(rendezvous, rank=rank, world_size=2, prefix="down", generation=generation)
+
+    size = SIZES[0]
+    inputs, targets = batch(size)
+    graph = trace(build(size), (inputs,))
+    stage = split_graph(graph, _plan([layer.name for layer in graph.layers]), build(size))[rank]
+    transport = join(0)
+    runner = StageRunner(stage, CrossEntropy(), transport)
+    sizes = microbatch_sizes(size.batch_size, MICROBATCHES)
+    good = MicroBatches(sizes, [(part,) for part in inputs.split(sizes)], targets.split(sizes))
+    bad = MicroBatches(sizes, good.inputs, [part + 1000 for part in targets.split(sizes)])
+    seconds = []
+    for generation in range(1, repeats + 1):
+        try:
+            runner.train_batch(bad, OneFOneB(), round=1, step=generation)  # the last stage's loss raises
+        except Exception:
+            start = time.perf_counter()
+            transport.close()
+            transport = join(generation)
+            runner.reconnect(transport)
+            seconds.append(time.perf_counter() - start)
+        runner.train_batch(good, OneFOneB(), round=2, step=generation)
+    transport.close()
+    pipe.send(seconds)
+
+
+def recover(repeats: int) -> list[dict[str, Any]]:
+    """How long each process is without a pipeline after an error, from the error to the next step."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(2)]
+    processes = [
+        context.Process(target=recovering_worker, args=(rank, pipes[rank][1], repeats)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    pipes[1][0].send(pipes[0][0].recv())
+    rows = []
+    for rank, (mine, _) in enumerate(pipes):
+        seconds = mine.recv()
+        rows.append({"rank": rank, "median_s": statistics.median(seconds), "maximum_s": max(seconds)})
+        print(
+            f"rank {rank}: down and up again in {1e3 * statistics.median(seconds):.1f} ms, at most "
+            f"{1e3 * max(seconds):.1f} ms, {len(seconds)} times"
         )
     for process in processes:
         process.join()
@@ -435,11 +545,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--sizes", nargs="*", default=[size.name for size in SIZES])
     parser.add_argument("--dilated", action="store_true", help="four slowed processes instead")
+    parser.add_argument("--recovery", action="store_true", help="tear down and bring up instead")
     parser.add_argument("--compression", action="store_true", help="bytes and accuracy instead")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     if options.dilated:
         (RESULTS / "pipeline_dilated.json").write_text(json.dumps(dilate(options.repeats), indent=2))
+        return
+    if options.recovery:
+        (RESULTS / "pipeline_recovery.json").write_text(json.dumps(recover(options.repeats), indent=2))
         return
     if options.compression:
         (RESULTS / "pipeline_compression.json").write_text(json.dumps(compress(epochs=5), indent=2))

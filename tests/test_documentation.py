@@ -45,7 +45,7 @@ def test_the_custom_partitioner_example_beats_uniform(tmp_path: Path) -> None:
     run_script([str(ROOT / "examples" / "custom_partitioner.py")], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["README.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/pipeline.md"])
 def test_the_python_blocks_of_the_documentation_run(name: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
     assert blocks

@@ -16,12 +16,13 @@ from fedmp.pipeline import (
     MicroBatches,
     RunnerOptions,
     StageRunner,
+    Transport,
     microbatch_sizes,
 )
 from fedmp.schedule import PlacedSchedule, Schedule
 from fedmp.stages import Stage, model_state, split_graph
 from fedmp.tasks import CrossEntropy, Task
-from tests.support.memory_transport import MemoryHub, MemoryTransport, run_ranks
+from tests.support.memory_transport import MemoryHub, MemoryTransport, OrderedHub, OrderedTransport, run_ranks
 from tests.support.models import CASES, build, even_cuts, plan_at
 
 PLAIN = RunnerOptions()
@@ -66,17 +67,23 @@ def make_runners(
     placement: Sequence[Sequence[int]] | None = None,
     options: RunnerOptions = PLAIN,
     seed: int | None = None,
-    hub: MemoryHub | None = None,
+    hub: MemoryHub | OrderedHub | None = None,
     timeout_s: float = 20.0,
 ) -> list[DeviceRunner]:
     """A runner for each device, joined by one hub."""
     hub, task = hub or MemoryHub(), task or CrossEntropy()
+
+    def transport(rank: int) -> Transport:
+        if isinstance(hub, OrderedHub):
+            return OrderedTransport(hub, rank, timeout_s=timeout_s)
+        return MemoryTransport(hub, rank, timeout_s=timeout_s)
+
     if placement is None:
         return [
             StageRunner(
                 stage,
                 task,
-                MemoryTransport(hub, rank, timeout_s=timeout_s),
+                transport(rank),
                 options=options,
                 seed=seed,
             )
@@ -86,7 +93,7 @@ def make_runners(
         DeviceRunner(
             [stages[index] for index in own],
             task,
-            MemoryTransport(hub, device, timeout_s=timeout_s),
+            transport(device),
             device=device,
             placement=placement,
             options=options,

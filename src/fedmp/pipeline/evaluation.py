@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fedmp.pipeline.clock import Clock
+from fedmp.pipeline.inbox import messages_in_evaluation
 from fedmp.pipeline.links import Handover, StepId
 from fedmp.pipeline.microbatches import MicroBatches
 from fedmp.pipeline.outputs import OutputSender, receive_outputs
@@ -37,6 +38,7 @@ class Evaluation:
     def __init__(
         self, wiring: Wiring, transport: Transport | None, device: int, clock: Clock, step: StepId
     ) -> None:
+        self._wiring = wiring
         self._parts = wiring.parts
         self._device_of = wiring.exchange.device_of
         self._last = len(self._device_of) - 1
@@ -80,6 +82,14 @@ class Evaluation:
             if not part.work.is_last:
                 part.outputs[False].begin(self._step, batch.sizes, _AHEAD + 1)
             part.work.begin(batch.targets, training=False)
+        if self._wiring.inboxes:
+            placement = self._wiring.exchange.placement
+            self._wiring.expect(
+                lambda peer: messages_in_evaluation(
+                    placement[peer], self._device_of, self._device, len(batch.sizes)
+                ),
+                training=False,
+            )
 
     def _evaluate(
         self, part: Part, microbatch: int, batch: MicroBatches, keep: OutputSender | KeepOutputs | None

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fedmp.errors import PipelineError
 from fedmp.pipeline.frames import Frame, FrameKind, FrameLayout, FrameTag, message_tag
 from fedmp.pipeline.transport import Pending, Transport
+
+if TYPE_CHECKING:
+    from fedmp.pipeline.inbox import Inbox
 
 __all__ = ["Handover", "Receiver", "Sender", "StepId"]
 
@@ -138,6 +141,9 @@ class Receiver:
         kind: what is received.
         stage: that it comes from.
         layout_of: the frame's layout for a number of samples.
+
+    Attributes:
+        inbox: of the peer, where the transport needs receives in the order of the sends; else None.
     """
 
     def __init__(
@@ -150,9 +156,10 @@ class Receiver:
         layout_of: Callable[[int], FrameLayout],
     ) -> None:
         self._transport = transport
-        self._peer = peer
-        self._kind = kind
-        self._stage = stage
+        self.peer = peer
+        self.kind = kind
+        self.stage = stage
+        self.inbox: Inbox | None = None
         self.pool = _FramePool(layout_of, transport.device)
         self._queue: deque[int] = deque()
         self._arriving: dict[int, tuple[Pending, Frame]] = {}
@@ -171,26 +178,40 @@ class Receiver:
             most: frames that may be in use at once, those that arrive and those that are held.
         """
         self._id, self._sizes, self._most = step, sizes, most
-        self._queue = deque(order)
+        self._queue = deque(order if self.inbox is None else ())
         self.pool.keep_only(set(sizes))
 
     def post(self) -> None:
         """Ask for as many messages as may be in use."""
-        while self._queue and len(self._arriving) + len(self._held) < self._most:
-            microbatch = self._queue.popleft()
-            size = self._sizes[microbatch]
-            frame = self.pool.take(size)
-            tag = message_tag(self._kind, self._stage, microbatch, frame.layout.num_bytes)
-            self._arriving[microbatch] = self._transport.receive(frame.buffer, self._peer, tag), frame
+        if self.inbox is not None:
+            self.inbox.post()
+            return
+        while self._queue and self.has_room:
+            self.start(self._queue.popleft())
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more message may be in use."""
+        return len(self._arriving) + len(self._held) < self._most
+
+    def start(self, microbatch: int) -> None:
+        """Ask for one message."""
+        size = self._sizes[microbatch]
+        frame = self.pool.take(size)
+        tag = message_tag(self.kind, self.stage, microbatch, frame.layout.num_bytes)
+        self._arriving[microbatch] = self._transport.receive(frame.buffer, self.peer, tag), frame
 
     def take(self, microbatch: int) -> list[torch.Tensor]:
         """Wait for a micro-batch; its tensors stay valid until `release`."""
         if microbatch not in self._arriving:
-            self.post()
+            if self.inbox is not None:
+                self.inbox.post_until(self, microbatch)
+            else:
+                self.post()
         pending, frame = self._arriving.pop(microbatch)
         pending.wait()
         self._held[microbatch] = frame
-        return frame.unpack(FrameTag(*self._id, microbatch, self._kind))
+        return frame.unpack(FrameTag(*self._id, microbatch, self.kind))
 
     def release(self, microbatch: int) -> None:
         """The tensors of a micro-batch are no longer needed."""
@@ -205,7 +226,7 @@ class Receiver:
             PipelineError: the schedule left a message unread.
         """
         if self._queue or self._arriving or self._held:
-            raise PipelineError(f"the schedule left a message of stage {self._stage} unread")
+            raise PipelineError(f"the schedule left a message of stage {self.stage} unread")
 
 
 class Handover:

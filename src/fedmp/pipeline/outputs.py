@@ -38,6 +38,7 @@ class OutputSender:
         self._peer = peer
         self._stage = stage
         self._step = step
+        self._packed: list[tuple[int, Frame]] = []
         self._under_way: list[tuple[Pending, Frame]] = []
         self.bytes_sent = 0
 
@@ -62,7 +63,10 @@ class OutputSender:
             self._start(layout, FrameKind.OUTPUT, microbatch, tensors)
 
     def finish(self) -> None:
-        """Wait until everything is sent."""
+        """Send what has not been sent yet, and wait for all of it."""
+        for tag, frame in self._packed:
+            self._under_way.append((self._transport.send(frame.buffer, self._peer, tag), frame))
+        self._packed = []
         for pending, _ in self._under_way:
             pending.wait()
         self._under_way = []
@@ -73,8 +77,11 @@ class OutputSender:
         frame = Frame(layout, self._transport.device)
         frame.pack(FrameTag(*self._step, microbatch, kind), tensors)
         tag = message_tag(kind, self._stage, microbatch, layout.num_bytes)
-        self._under_way.append((self._transport.send(frame.buffer, self._peer, tag), frame))
         self.bytes_sent += layout.num_bytes
+        if self._transport.is_ordered:
+            self._packed.append((tag, frame))  # behind the activations, for which receives are posted
+        else:
+            self._under_way.append((self._transport.send(frame.buffer, self._peer, tag), frame))
 
 
 def receive_outputs(

@@ -18,6 +18,7 @@ from fedmp.errors import PipelineError
 from fedmp.pipeline.clock import Clock
 from fedmp.pipeline.evaluation import Evaluation
 from fedmp.pipeline.gradients import clip_gradients, sum_tied_gradients
+from fedmp.pipeline.inbox import messages_in_training
 from fedmp.pipeline.links import Handover, StepId
 from fedmp.pipeline.microbatches import BatchResult, MicroBatches
 from fedmp.pipeline.options import RunnerOptions
@@ -27,7 +28,7 @@ from fedmp.pipeline.stage_work import StageWork
 from fedmp.pipeline.transport import Transport
 from fedmp.pipeline.wiring import Part, wire
 from fedmp.records import TimedAction
-from fedmp.schedule import ActionKind, PlacedAction, PlacedSchedule, Schedule
+from fedmp.schedule import ActionKind, PlacedSchedule, Schedule
 from fedmp.stages import Stage
 from fedmp.tasks import Task
 
@@ -155,7 +156,7 @@ class DeviceRunner:
         with self._working():
             order = self._order(schedule, len(batch.sizes))
             mine = order.actions[self._device]
-            self._begin(batch, round, step, mine, order.peaks, total_weight)
+            self._begin(batch, round, step, order, total_weight)
             run = {
                 ActionKind.FORWARD: self._forward,
                 ActionKind.BACKWARD: self._backward,
@@ -304,25 +305,30 @@ class DeviceRunner:
         batch: MicroBatches,
         round: int,
         step: int,
-        mine: Sequence[PlacedAction],
-        peaks: dict[int, int],
+        order: Order,
         total_weight: float | None,
     ) -> None:
+        mine, peaks = order.actions[self._device], order.peaks
         id, sizes = StepId(self._generation, round, step), batch.sizes
         self._key.round, self._key.step = round, step
         for stage, part in self._wiring.parts.items():
             if not part.work.is_first:
-                order = [a.microbatch for a in mine if a.stage == stage and a.kind is ActionKind.FORWARD]
-                part.inputs[True].begin(id, sizes, order, peaks[stage] + 1)
+                forwards = [a.microbatch for a in mine if a.stage == stage and a.kind is ActionKind.FORWARD]
+                part.inputs[True].begin(id, sizes, forwards, peaks[stage] + 1)
                 part.inputs[True].post()
             if part.gradients is not None:
-                order = [a.microbatch for a in mine if a.stage == stage and a.kind in _TAKES_GRADIENT]
+                backwards = [a.microbatch for a in mine if a.stage == stage and a.kind in _TAKES_GRADIENT]
                 keeps = any(a.kind is ActionKind.BACKWARD_INPUT for a in mine)
-                part.gradients.begin(id, sizes, order, peaks[stage] + 1 if keeps else _GRADIENTS_AHEAD)
+                part.gradients.begin(id, sizes, backwards, peaks[stage] + 1 if keeps else _GRADIENTS_AHEAD)
             if not part.work.is_last:
                 part.outputs[True].begin(id, sizes, peaks[stage])
             if part.input_gradients is not None:
                 part.input_gradients.begin(id, sizes, peaks[stage - 1])
+        if self._wiring.inboxes:
+            device_of = self._wiring.exchange.device_of
+            self._wiring.expect(
+                lambda peer: messages_in_training(order.actions[peer], device_of, self._device), training=True
+            )
         splits = any(action.kind is ActionKind.BACKWARD_WEIGHT for action in mine)
         for part in self._wiring.parts.values():
             part.work.begin(batch.targets, training=True, splits=splits, total_weight=total_weight)

@@ -7,6 +7,8 @@ has a deadline, because a peer that hangs would otherwise block for ever.
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -41,10 +43,18 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """Messages between the devices of one client."""
+    """Messages between the devices of one client.
+
+    Attributes:
+        generation: of the group.
+        device: where buffers live.
+        is_ordered: whether messages from one peer are told apart by their order alone, not by their tags:
+            receives must then be posted in the order in which the peer sends.
+    """
 
     generation: int
     device: torch.device
+    is_ordered: bool
 
     def send(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
         """Start to send a buffer; it must not change until the transfer is done."""
@@ -134,8 +144,14 @@ class DistributedTransport:
         self.generation = generation
         self._names = names or [f"stage {peer}" for peer in range(world_size)]
         self.device = torch.device(device)
+        self.is_ordered = backend == "nccl"
         self._timeout = timedelta(seconds=timeout_s)
         self._under_way: WeakSet[_Transfer] = WeakSet()
+        if self.is_ordered:
+            # a wait must block and end at its deadline, as gloo's do, and not kill the process
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            torch.cuda.set_device(self.device)
         try:
             dist.init_process_group(
                 backend,
@@ -154,19 +170,29 @@ class DistributedTransport:
         group = dist.group.WORLD
         assert group is not None
         self._group: dist.ProcessGroup | None = group
+        # nccl runs the transfers of two ranks in one group one after another, so that a receive that was
+        # posted ahead would hold up the send behind it, which the peer may be waiting for: each direction
+        # has a group of its own
+        down = dist.new_group(backend=backend, timeout=self._timeout) if self.is_ordered else group
+        self._groups_to = [group if peer > rank else down for peer in range(world_size)]
+        self._groups_from = [down if peer > rank else group for peer in range(world_size)]
+        if self.is_ordered:
+            self._meet_peers(rank, world_size)
 
     def send(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
         """Start to send a buffer to a device."""
         # the group's own method: `dist.isend` only adds checks, which cost as much as a small message
+        self._check_open()
         try:
-            return self._started(self._open_group.send([buffer], peer, tag), peer, "send to")
+            return self._started(self._groups_to[peer].send([buffer], peer, tag), peer, "send to")
         except RuntimeError as error:
             raise PipelineError(f"cannot send to {self._names[peer]}: {_first_line(error)}") from error
 
     def receive(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
         """Start to receive a buffer from a device."""
+        self._check_open()
         try:
-            return self._started(self._open_group.recv([buffer], peer, tag), peer, "receive from")
+            return self._started(self._groups_from[peer].recv([buffer], peer, tag), peer, "receive from")
         except RuntimeError as error:
             raise PipelineError(f"cannot receive from {self._names[peer]}: {_first_line(error)}") from error
 
@@ -178,13 +204,26 @@ class DistributedTransport:
         self._under_way.clear()
         if self._group is not None:
             self._group = None
+            self._groups_to = self._groups_from = []
             dist.destroy_process_group()
 
-    @property
-    def _open_group(self) -> dist.ProcessGroup:
+    def _check_open(self) -> None:
         if self._group is None:
             raise PipelineError("this transport is closed")
-        return self._group
+
+    def _meet_peers(self, rank: int, world_size: int) -> None:
+        """Set up nccl's communicators, each of which blocks both of its ends, pair by pair in one order.
+
+        Made when first needed they could wait for each other in a circle.
+        """
+        byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        for first, second in itertools.combinations(range(world_size), 2):
+            if rank == first:
+                self.send(byte, second, 0).wait()
+                self.receive(byte, second, 0).wait()
+            elif rank == second:
+                self.receive(byte, first, 0).wait()
+                self.send(byte, first, 0).wait()
 
     def _started(self, work: dist.Work, peer: int, verb: str) -> Pending:
         transfer = _Transfer(work, self._names[peer], verb, self._timeout)

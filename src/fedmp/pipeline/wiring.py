@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fedmp.pipeline.frames import FrameKind, FrameLayout
 from fedmp.pipeline.gradients import Exchange
+from fedmp.pipeline.inbox import Inbox, Message
 from fedmp.pipeline.links import Handover, Receiver, Sender
 from fedmp.pipeline.options import RunnerOptions
 from fedmp.pipeline.stage_work import StageWork
@@ -41,12 +42,23 @@ class Wiring:
         parts: by stage.
         senders, receivers: every end of a link on this device.
         exchange: for tied gradients and norms.
+        inboxes: by peer, where the transport needs receives in the order of the sends; else empty.
     """
 
     parts: dict[int, Part]
     senders: list[Sender | Handover]
     receivers: list[Receiver | Handover]
     exchange: Exchange
+    inboxes: dict[int, Inbox]
+
+    def expect(self, messages: Callable[[int], Iterable[Message]], *, training: bool) -> None:
+        """Start a step in which each peer sends `messages(peer)`, and post the first receives."""
+        ends = [part.inputs.get(training) for part in self.parts.values()]
+        ends += [part.gradients for part in self.parts.values()] if training else []
+        receivers = [end for end in ends if isinstance(end, Receiver)]
+        for peer, inbox in self.inboxes.items():
+            inbox.begin(messages(peer), {(r.kind, r.stage): r for r in receivers if r.peer == peer})
+            inbox.post()
 
 
 def wire(
@@ -66,7 +78,7 @@ def wire(
         options: say what is compressed.
     """
     parts = {work.index: Part(work) for work in works}
-    wiring = Wiring(parts, [], [], Exchange(transport, device, placement))
+    wiring = Wiring(parts, [], [], Exchange(transport, device, placement), {})
     for stage, part in sorted(parts.items()):
         if part.work.is_last:
             continue
@@ -77,6 +89,10 @@ def wire(
     for stage, part in sorted(parts.items()):
         if not part.work.is_first and stage - 1 not in parts:
             _link_to_previous(part, transport, wiring, options)
+    if transport is not None and transport.is_ordered:
+        for receiver in wiring.receivers:
+            if isinstance(receiver, Receiver):
+                receiver.inbox = wiring.inboxes.setdefault(receiver.peer, Inbox())
     return wiring
 
 
