@@ -1,4 +1,4 @@
-"""The command line: `fedmp`, `fedmp run`, `fedmp simulate`, `fedmp plan`.
+"""The command line: `fedmp run`, `simulate` and `plan`, and those of a deployed federation.
 
 Overrides are Hydra's. What goes wrong is one line on standard error and exit code 2.
 """
@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ usage:
   fedmp simulate [OVERRIDES]     train in one process: short for `fedmp run engine=simulate`
   fedmp plan     [OVERRIDES]     show how the model would be cut over each client's devices
                  --json          ... as JSON
+  fedmp certs    HOST...         make certificates for a coordinator; see each command's --help
+  fedmp enroll   CLIENT/DEVICE.. make credentials for devices
+  fedmp revoke   CLIENT[/DEVICE] take credentials back
   fedmp --version | --help
 
 overrides (Hydra):
@@ -46,6 +50,8 @@ groups and choices:
 example:
   fedmp run topology=uneven partitioner=exact rounds=5 run_dir=out/uneven
 """
+
+_ADMINISTRATION = ("certs", "enroll", "revoke")
 
 _VALUE_FLAGS = {
     "--config-dir",
@@ -73,13 +79,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for anything that the user can mend, 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {"run": _run, "simulate": _simulate, "plan": _plan}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "run": _run,
+        "simulate": _simulate,
+        "plan": _plan,
+        **{name: partial(_administer, name) for name in _ADMINISTRATION},
+    }
     if "--version" in arguments:
         from fedmp import __version__
 
         print(f"fedmp {__version__}")
         return 0
-    if "--help" in arguments or "-h" in arguments or arguments[:1] == ["help"]:
+    if arguments[:1] and arguments[0] in _ADMINISTRATION:
+        pass  # these parse their own arguments, --help included
+    elif "--help" in arguments or "-h" in arguments or arguments[:1] == ["help"]:
         print(_HELP.format(groups=_describe_groups(arguments)))
         return 0
     command = "run"
@@ -100,6 +113,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(message)
     return 0
+
+
+def _administer(name: str, arguments: list[str]) -> None:
+    from fedmp.errors import ConfigError
+
+    try:
+        from fedmp import admin
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "cryptography":
+            raise
+        raise ConfigError(
+            f"`fedmp {name}` needs the cryptography package: pip install 'fedmp[deploy]'"
+        ) from error
+    getattr(admin, name)(arguments)
 
 
 def _run(arguments: list[str]) -> None:
