@@ -23,7 +23,7 @@ def opened(*cohort: str, reported: tuple[tuple[str, int], ...] = ()) -> Board:
 
 def report_all(board: Board, client: str) -> None:
     for stage in (0, 1):
-        board.reported(MEMBERS[f"{client}{stage}"], 5)
+        board.reported(MEMBERS[f"{client}{stage}"], 3, 5)
 
 
 def test_before_the_first_round_devices_wait() -> None:
@@ -56,10 +56,10 @@ def test_all_devices_are_sent_home_at_the_end() -> None:
 def test_the_cohort_is_complete_when_every_stage_of_every_client_has_reported() -> None:
     board = opened()
     report_all(board, "ann")
-    board.reported(MEMBERS["bob0"], 5)
+    board.reported(MEMBERS["bob0"], 3, 5)
     assert board.wait_for_cohort(timeout_s=0) is False
     assert board.missing() == {"bob": [1]}
-    board.reported(MEMBERS["bob1"], 5)
+    board.reported(MEMBERS["bob1"], 3, 5)
     assert board.wait_for_cohort(timeout_s=0) is True
     assert board.bytes_up == 20
 
@@ -119,7 +119,7 @@ def test_listeners_hear_of_every_change() -> None:
     board = opened()
     heard: list[int] = []
     board.listen(lambda: heard.append(1))
-    board.reported(MEMBERS["ann0"], 1)
+    board.reported(MEMBERS["ann0"], 3, 1)
     board.close_round()
     board.stop("over")
     assert len(heard) == 3

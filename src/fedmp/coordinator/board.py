@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fedmp.errors import (
     DataError,
@@ -22,7 +23,7 @@ from fedmp.errors import (
 )
 from fedmp.records import Address, FailureReport, Instruction, ProgressReport
 
-__all__ = ["Board", "Member"]
+__all__ = ["Board", "BoardStatus", "Member"]
 
 # a device that lost a peer says so at once; what happened to the peer is known a moment later
 _CAUSE_S = 2.0
@@ -56,11 +57,33 @@ class Member:
     max_update_bytes: int
 
 
+@dataclass(frozen=True)
+class BoardStatus:
+    """How things stand.
+
+    Attributes:
+        kind: what the devices are told to do: "train", "wait" or "stop".
+        round: the newest round that was opened; 0 before the first.
+        cohort: its clients.
+        num_reported: those of which every device has reported.
+        silent_s: seconds since each device was last heard, by client and device; none that never was.
+        bytes_up, bytes_down: bodies of accepted updates, and of stages handed out.
+    """
+
+    kind: str
+    round: int
+    cohort: tuple[str, ...]
+    num_reported: int
+    silent_s: Mapping[tuple[str, str], float]
+    bytes_up: int
+    bytes_down: int
+
+
 class Board:
     """What is going on.
 
     Args:
-        members: every device by its credential.
+        members: every device, by its credential or whatever else tells them apart.
     """
 
     def __init__(self, members: Mapping[str, Member]) -> None:
@@ -74,7 +97,7 @@ class Board:
         self._failed_s = 0.0
         self._listeners: list[Callable[[], None]] = []
         self._progress: dict[str, ProgressReport] = {}
-        self._last_heard_s: dict[str, float] = {}
+        self._last_heard_s: dict[tuple[str, str], float] = {}
         self.bytes_up = 0
         self.bytes_down = 0
 
@@ -144,8 +167,23 @@ class Board:
     def silent_s(self, client: str) -> float | None:
         """Seconds since any device of a client was last heard; None if never."""
         with self._changed:
-            heard = self._last_heard_s.get(client)
-            return None if heard is None else time.monotonic() - heard
+            heard = [at_s for (name, _), at_s in self._last_heard_s.items() if name == client]
+            return time.monotonic() - max(heard) if heard else None
+
+    def status(self) -> BoardStatus:
+        """How things stand."""
+        with self._changed:
+            now_s = time.monotonic()
+            absent = {client for client, _ in self._missing()}
+            return BoardStatus(
+                kind=self._instruction.kind,
+                round=self._instruction.round,
+                cohort=self._cohort,
+                num_reported=len(set(self._cohort) - absent),
+                silent_s={device: now_s - at_s for device, at_s in self._last_heard_s.items()},
+                bytes_up=self.bytes_up,
+                bytes_down=self.bytes_down,
+            )
 
     # called by the service
 
@@ -166,6 +204,16 @@ class Board:
         with self._changed:
             return self._instruction.kind == "train" and member.client in self._cohort
 
+    def window(self, round: int) -> Literal["open", "over", "not yet", "never"]:
+        """Whether a round takes requests: it is open, or over, or may open soon, or is nobody's business now."""
+        with self._changed:
+            kind, current = self._instruction.kind, self._instruction.round
+            if kind == "stop" or round < current or round < 1:
+                return "over"
+            if kind == "train":
+                return "open" if round == current else "never"
+            return "over" if round == current else "not yet"
+
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener`, which must not block, whenever something changes."""
         self._listeners.append(listener)
@@ -173,14 +221,21 @@ class Board:
     def heard(self, member: Member) -> None:
         """A device of this client is alive."""
         with self._changed:
-            self._last_heard_s[member.client] = time.monotonic()
+            self._last_heard_s[member.client, member.device] = time.monotonic()
 
-    def reported(self, member: Member, num_bytes: int) -> None:
-        """A device's update is in the journal."""
+    def reported(self, member: Member, round: int, num_bytes: int) -> bool:
+        """A device's update of a round is in the journal.
+
+        Returns:
+            Whether it counts; the round may have closed in the meantime.
+        """
         with self._changed:
+            if self._instruction.kind != "train" or self._instruction.round != round:
+                return False
             self._reported.add((member.client, member.rank))
             self.bytes_up += num_bytes
             self._notify()
+            return True
 
     def sent(self, num_bytes: int) -> None:
         """A global stage went out."""

@@ -6,6 +6,7 @@ The files are mapped, not read, so aggregation needs memory for about one tensor
 
 from __future__ import annotations
 
+import filecmp
 import math
 import os
 import shutil
@@ -109,12 +110,18 @@ class Journal:
                 right names, shapes and dtypes, or no valid report.
         """
         report = self._read(part, names)
+        _flush(part)  # an acknowledged update must survive a loss of power, too
         os.replace(part, self._path(client, rank))
+        _flush(self._round_folder())
         return report
 
     def has(self, client: str, rank: int) -> bool:
         """Whether this device's update is in the journal."""
         return self._path(client, rank).exists()
+
+    def holds_same(self, part: Path, client: str, rank: int) -> bool:
+        """Whether a streamed upload is the very update that is in the journal."""
+        return filecmp.cmp(part, self._path(client, rank), shallow=False)
 
     def update_of(self, client: str, num_devices: int) -> ClientUpdate | None:
         """A client's whole update; None while a device's is missing."""
@@ -135,10 +142,14 @@ class Journal:
                 self._check(body, names)
                 report = DeviceReport.model_validate_json((body.metadata() or {}).get("report", ""))
         except SafetensorError as error:
-            raise RefusedError(f"the body is not a safetensors file: {error}", status=422) from error
+            raise RefusedError(
+                f"the body is not a safetensors file: {error}", status=422, reason="malformed"
+            ) from error
         except ValidationError as error:
             raise RefusedError(
-                f"the update's report is not valid: {error.errors()[0]['msg']}", status=422
+                f"the update's report is not valid: {error.errors()[0]['msg']}",
+                status=422,
+                reason="malformed",
             ) from error
         _check_report(report)
         return report
@@ -150,6 +161,7 @@ class Journal:
             raise RefusedError(
                 f"an update of this device's stages has {len(names)} tensors; missing {missing}, unknown {unknown}",
                 status=422,
+                reason="wrong-tensors",
             )
         for name in names:
             tensor, spec = body.get_tensor(name), self._specs[name]
@@ -157,9 +169,10 @@ class Journal:
                 raise RefusedError(
                     f"{name} must be {spec.dtype} {spec.shape}, not {tensor.dtype} {tuple(tensor.shape)}",
                     status=422,
+                    reason="wrong-shape-or-dtype",
                 )
             if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
-                raise RefusedError(f"{name} holds NaN or infinity", status=422)
+                raise RefusedError(f"{name} holds NaN or infinity", status=422, reason="not-finite")
 
     def _round_folder(self) -> Path:
         return self._folder / f"round-{self._round:05d}"
@@ -199,7 +212,9 @@ def _check_report(report: DeviceReport) -> None:
     """Refuse what would spoil the round's weights or sums."""
     if not 0 < report.num_examples <= _MAX_EXAMPLES:
         raise RefusedError(
-            f"the update's report says {report.num_examples} examples; there must be at least 1", status=422
+            f"the update's report says {report.num_examples} examples; there must be at least 1",
+            status=422,
+            reason="malformed",
         )
     sums = (
         *(report.loss_sum, report.weight, report.num_correct, report.train_s),
@@ -207,7 +222,15 @@ def _check_report(report: DeviceReport) -> None:
         *(time_s for row in report.timeline for time_s in row[4:]),
     )
     if not all(map(math.isfinite, sums)):
-        raise RefusedError("the update's report holds NaN or infinity", status=422)
+        raise RefusedError("the update's report holds NaN or infinity", status=422, reason="not-finite")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
