@@ -27,7 +27,7 @@ from tests.support.service import Coordinator, body, coordinator, digest_of, spe
 
 SOON_S = 5.0
 FULL = body(update(0))
-TOKENS = ("ann0", "ann1", "bob0", "ann9", "", "x" * 9000, "\x7f", "ann0 ann0")
+TOKENS = (*["ann0", "ann1", "bob0"] * 5, "ann9", "", "x" * 9000, "\x7f", "ann0 ann0")
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def make_request(operation: tuple[str, str, str], dice: random.Random) -> bytes:
     if kind or dice.random() < 0.2:
         content = dice.choice([_any_json, _any_bytes, _mutated])(dice)
     lines = [f"{method} {path} HTTP/1.1", "host: x"]
-    if dice.random() < 0.9:
-        lines.append(f"authorization: {dice.choice(['Bearer', 'bearer', 'Basic'])} {dice.choice(TOKENS)}")
+    if dice.random() < 0.95:
+        lines.append(f"authorization: {dice.choice(['Bearer', 'Bearer', 'bearer', 'Basic'])} {dice.choice(TOKENS)}")
     if dice.random() < 0.8:
         lines.append(f"content-digest: {digest_of(content)}")
     if dice.random() < 0.2:
