@@ -255,7 +255,7 @@ def test_a_malformed_message_is_refused_with_what_is_wrong(
 
 
 def test_a_full_disk_is_said_and_loses_nothing(server: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Journal, "accept", full)

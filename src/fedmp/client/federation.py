@@ -18,7 +18,16 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import load, save
 
 from fedmp.errors import FederationError, RefusedError
-from fedmp.records import Address, DeviceReport, FailureReport, Instruction, ProgressReport
+from fedmp.records import (
+    Address,
+    DeviceReport,
+    FailureReport,
+    Instruction,
+    JobOffer,
+    Joined,
+    ProgressReport,
+    Ready,
+)
 
 __all__ = ["Federation", "HttpFederation"]
 
@@ -36,6 +45,14 @@ _log = logging.getLogger("fedmp.device")
 
 class Federation(Protocol):
     """What a device asks of the coordinator, over whatever carrier."""
+
+    def job(self) -> JobOffer:
+        """The job that the coordinator offers; waits for one."""
+        ...
+
+    def ready(self, message: Ready) -> Joined:
+        """Say that this device can begin."""
+        ...
 
     def instruction(self) -> Instruction:
         """What to do next; may take a while to answer."""
@@ -94,6 +111,14 @@ class HttpFederation:
             retries=False,
             ssl_context=context,
         )
+
+    def job(self) -> JobOffer:
+        """The job that the coordinator offers; it may not have one yet."""
+        return JobOffer.model_validate_json(self._ask("GET", "/v1/job").data)
+
+    def ready(self, message: Ready) -> Joined:
+        """Say that this device can begin."""
+        return Joined.model_validate_json(self._send("PUT", "/v1/ready", message))
 
     def instruction(self) -> Instruction:
         """What to do next; the coordinator answers at once or within its long-poll time."""

@@ -26,6 +26,7 @@ class Limits:
         idle_timeout_s: that a connection may rest between two requests.
         max_connections: open at once; more are answered 503.
         max_message_bytes: longest JSON message.
+        long_poll_s: that a device which asks what to do is kept waiting for news.
     """
 
     head_timeout_s: float = 10.0
@@ -34,6 +35,7 @@ class Limits:
     idle_timeout_s: float = 30.0
     max_connections: int = 4096
     max_message_bytes: int = 1 << 20
+    long_poll_s: float = 10.0
 
 
 def guarded_protocol(limits: Limits, on_cut: Callable[[str, str], None]) -> type[H11Protocol]:

@@ -63,22 +63,33 @@ class Journal:
         self._round = 0
         shutil.rmtree(folder, ignore_errors=True)
 
-    def whole_clients(self, pushed: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
-        """Clients whose every device's update is in the journal; those of others are thrown away.
+    def found(self, pushed: Mapping[str, Sequence[Sequence[str]]]) -> dict[tuple[str, int], str]:
+        """Updates of the open round that an earlier process of the coordinator left.
 
-        What lies there was written by an earlier process, perhaps for another plan, so it is checked anew.
+        A client of which one is unsound, or does not fit its plan, loses them all.
 
         Args:
             pushed: the tensors that each device of each client must have pushed, in order of rank.
+
+        Returns:
+            The generation that made each, by client and rank.
         """
-        whole = []
+        generations = {}
         for client, names in pushed.items():
-            if all(self._is_sound(client, rank, wanted) for rank, wanted in enumerate(names)):
-                whole.append(client)
-            else:
+            try:
+                for path in self._round_folder().glob(f"{client}.*.safetensors"):
+                    rank = int(path.name.split(".")[-2])
+                    wanted = names[rank] if rank < len(names) else ()
+                    generations[client, rank] = self._read(path, wanted).generation
+            except (RefusedError, OSError):  # of another plan, perhaps
                 for path in self._round_folder().glob(f"{client}.*.safetensors"):
                     path.unlink()
-        return whole
+                generations = {key: value for key, value in generations.items() if key[0] != client}
+        return generations
+
+    def discard(self, client: str, rank: int) -> None:
+        """Delete an update: it was made by a pipeline that is no more."""
+        self._path(client, rank).unlink(missing_ok=True)
 
     def global_stage(self, names: Sequence[str], state: Mapping[str, torch.Tensor], key: str) -> Path:
         """The file of a global stage, written when first asked for.
@@ -97,19 +108,29 @@ class Journal:
         """Where to stream an upload before it is checked; another place each time."""
         return self._round_folder() / f".{client}.{rank}.{uuid.uuid4().hex}.part"
 
-    def accept(self, part: Path, client: str, rank: int, names: Sequence[str]) -> DeviceReport:
+    def accept(
+        self, part: Path, client: str, rank: int, names: Sequence[str], *, generation: str = ""
+    ) -> DeviceReport:
         """Check a streamed upload and take it into the journal.
 
         Args:
             part: the streamed file.
             client, rank: whose it is.
             names: the tensors that it must hold, no more and no less.
+            generation: of the client's pipeline; an update of another one is refused. Empty takes any.
 
         Raises:
             RefusedError: it is not a safetensors file, or holds anything but finite tensors of the
                 right names, shapes and dtypes, or no valid report.
         """
         report = self._read(part, names)
+        if generation and report.generation != generation:
+            raise RefusedError(
+                f"this update was made by generation {report.generation or 'none'!r} of {client}'s pipeline, "
+                f"which is over; generation {generation!r} is up",
+                status=409,
+                reason="wrong-generation",
+            )
         _flush(part)  # an acknowledged update must survive a loss of power, too
         os.replace(part, self._path(client, rank))
         _flush(self._round_folder())
@@ -127,13 +148,6 @@ class Journal:
         """A client's whole update; None while a device's is missing."""
         paths = [self._path(client, rank) for rank in range(num_devices)]
         return ClientUpdate(paths) if all(path.exists() for path in paths) else None
-
-    def _is_sound(self, client: str, rank: int, names: Sequence[str]) -> bool:
-        try:
-            self._read(self._path(client, rank), names)
-        except (RefusedError, OSError):
-            return False
-        return True
 
     def _read(self, path: Path, names: Sequence[str]) -> DeviceReport:
         """Check a file from the first byte to the last; returns its report."""

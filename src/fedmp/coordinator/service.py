@@ -32,11 +32,19 @@ from fedmp.coordinator.journal import Journal
 from fedmp.coordinator.metrics import Metrics
 from fedmp.coordinator.server import HttpServer, Tls
 from fedmp.errors import RefusedError
-from fedmp.records import Address, FailureReport, Instruction, ProgressReport, Receipt
+from fedmp.records import (
+    Address,
+    FailureReport,
+    Instruction,
+    JobOffer,
+    Joined,
+    ProgressReport,
+    Ready,
+    Receipt,
+)
 
 __all__ = ["CoordinatorService"]
 
-_LONG_POLL_S = 10.0
 _SOON_S = 1  # when to ask again for what is not ready yet
 _CHECKS_AT_ONCE = 2  # each holds a tensor in memory; more would not be faster either
 
@@ -53,6 +61,7 @@ class CoordinatorService:
         tls: the coordinator's certificate; None speaks plain HTTP.
         limits: what a peer may take.
         open_metrics: answer `/metrics` to everyone instead of to this machine alone.
+        offer: the job as a device is told it; None where devices know it already.
 
     Raises:
         ConfigError: the address or the certificate cannot be used.
@@ -70,6 +79,7 @@ class CoordinatorService:
         tls: Tls | None = None,
         limits: Limits | None = None,
         open_metrics: bool = False,
+        offer: Callable[[Member], JobOffer] | None = None,
     ) -> None:
         self._board = board
         self._journal = journal
@@ -77,6 +87,7 @@ class CoordinatorService:
         self._identify = identify or _by_token(board)
         self._limits = limits or Limits()
         self._open_metrics = open_metrics
+        self._offer = offer
         self.metrics = Metrics(board)
         self._waiting: set[asyncio.Event] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -117,6 +128,9 @@ class CoordinatorService:
         add("/health", self.health, methods=["GET"])
         add("/ready", self.readiness, methods=["GET"], response_model=None)
         add("/metrics", self.prometheus, methods=["GET"], response_model=None)
+        if self._offer is not None:
+            add("/v1/job", self.job, methods=["GET"])
+            add("/v1/ready", self.ready, methods=["PUT"], openapi_extra=_JSON)
         add("/v1/instruction", self.instruction, methods=["GET"])
         add("/v1/rounds/{round}/stage", self.pull, methods=["GET"], response_model=None)
         add("/v1/rounds/{round}/update", self.push, methods=["PUT"], openapi_extra=_TENSORS)
@@ -136,7 +150,7 @@ class CoordinatorService:
         return JSONResponse(
             {
                 "round": status.round,
-                "state": {"train": "open", "wait": "between rounds", "stop": "over"}[status.kind],
+                "state": {"train": "open", "wait": "between rounds"}.get(status.kind, "over"),
                 "clients": len(status.cohort),
                 "reported": status.num_reported,
             },
@@ -151,11 +165,28 @@ class CoordinatorService:
         content, media_type = self.metrics.render()
         return Response(content, headers={"content-type": media_type})
 
+    async def job(self, request: Request) -> JobOffer:
+        """The job, as the asking device needs to know it."""
+        member = self._member(request)
+        assert self._offer is not None
+        if self._board.status().kind in ("stop", "next"):
+            raise RefusedError("this job is over; the next has not come yet", status=503, reason="not-yet")
+        return self._offer(member)
+
+    async def ready(self, request: Request) -> Joined:
+        """Note that a device can begin, and what it holds."""
+        member = self._member(request)
+        message = await read_message(request, Ready, self._limits)
+        assert self._offer is not None
+        if message.job != self._offer(member).job:
+            raise RefusedError("that is not the job that is offered here", status=409, reason="wrong-job")
+        return Joined(num_samples=self._board.join(member, message.num_samples))
+
     async def instruction(self, request: Request) -> Instruction:
         """What the asking device should do now; held back while that is to wait."""
         member = self._member(request)
         loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + _LONG_POLL_S
+        deadline_s = loop.time() + self._limits.long_poll_s
         while True:
             news = asyncio.Event()
             self._waiting.add(news)
@@ -211,9 +242,23 @@ class CoordinatorService:
                 reason="duplicate",
             )
         async with self._checking:
-            await run_in_threadpool(self._journal.accept, part, member.client, member.rank, member.pushed)
-        if not self._board.reported(member, round, num_bytes):
+            address = self._board.address_of(member.client)
+            report = await run_in_threadpool(
+                self._journal.accept,
+                part,
+                member.client,
+                member.rank,
+                member.pushed,
+                generation=address.generation if address else "",
+            )
+        if not self._board.reported(member, round, num_bytes, report.generation):
+            self._journal.discard(member.client, member.rank)
             self._check_round(round, member)
+            raise RefusedError(
+                "the client's pipeline came up anew while this update was checked",
+                status=409,
+                reason="wrong-generation",
+            )
 
     # messages are read by hand, after the credential is known and never more than a message may have
 
@@ -235,7 +280,8 @@ class CoordinatorService:
             raise RefusedError(
                 "only a client's first device publishes an address", status=403, reason="forbidden"
             )
-        self._board.publish_address(member, address)
+        for rank in self._board.publish_address(member, address):
+            self._journal.discard(member.client, rank)
 
     async def address(self, request: Request) -> Address | None:
         """Where the asking device's first device listens; null if not known yet."""
