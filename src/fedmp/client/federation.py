@@ -36,8 +36,8 @@ _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 _PIECE_BYTES = 1 << 20
 _PARTIAL = 206
-# the transfer was too slow or broke off, the round is not open yet, a disk is full, a proxy lost its server
-_WORTH_ANOTHER_TRY = (408, 502, 503, 504, 507)
+# too slow, broken, not open yet, a full disk, a proxy that lost its server: what a restart or a moment may mend
+_WORTH_ANOTHER_TRY = (408, 500, 502, 503, 504, 507)
 _DAMAGED = ("tampered", "broken-off")
 
 _log = logging.getLogger("fedmp.device")

@@ -53,7 +53,7 @@ def run_rounds(
     board: Board,
     journal: Journal,
     checkpoints: CheckpointStore,
-    evaluate: Callable[[], tuple[float, float | None]],
+    evaluate: Callable[[], tuple[float | None, float | None]],
     watch: Callable[[], None],
     observe: Observer,
     on_reports: Callable[[int, Mapping[str, Sequence[DeviceReport]]], None],
@@ -111,7 +111,7 @@ def run_rounds(
 
 
 def make_record(
-    round: int, reports: Mapping[str, Sequence[DeviceReport]], evaluation: tuple[float, float | None]
+    round: int, reports: Mapping[str, Sequence[DeviceReport]], evaluation: tuple[float | None, float | None]
 ) -> RoundRecord:
     """A round's row from its device reports and the new global model's loss and accuracy."""
     every = [report for devices in reports.values() for report in devices]

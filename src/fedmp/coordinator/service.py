@@ -95,6 +95,7 @@ class CoordinatorService:
         self._checking = asyncio.Semaphore(_CHECKS_AT_ONCE)
         self._taking: defaultdict[Member, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._ready = threading.Event()
+        self._is_closing = False
         self.app = self._make_app()
         self._server = HttpServer(
             _Counted(self.app, self.metrics),
@@ -111,6 +112,8 @@ class CoordinatorService:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_closing = True
+        self._wake()  # whoever is held back asks again, elsewhere or later
         self._server.stop()
 
     def _make_app(self) -> FastAPI:
@@ -192,7 +195,7 @@ class CoordinatorService:
             self._waiting.add(news)
             try:
                 instruction = self._board.instruction_for(member)
-                if instruction.kind != "wait" or loop.time() >= deadline_s:
+                if instruction.kind != "wait" or loop.time() >= deadline_s or self._is_closing:
                     return instruction
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(news.wait(), deadline_s - loop.time())
