@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +42,7 @@ __all__ = ["DeviceSpec", "run_device", "serve_job"]
 _TIMELINE_STEP = 1
 _PROGRESS_S = 0.5
 _ROUND_IS_OVER = 409
+_ANNOUNCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -197,20 +199,23 @@ class _Device:
             rendezvous = host_rendezvous(spec.host, timeout_s=spec.timeout_s)
             address = Address(host=spec.host, port=rendezvous.port, secret=os.urandom(16).hex())
             self._federation.publish_address(address)
+            announced: contextlib.AbstractContextManager[None] = _announced(self._federation, address)
         else:
+            announced = contextlib.nullcontext()
             address = _find_address(spec, self._federation)
             rendezvous = join_rendezvous(address.host, address.port, timeout_s=spec.timeout_s)
         self._address = address
-        return DistributedTransport(
-            rendezvous,
-            rank=spec.rank,
-            world_size=len(spec.placement),
-            prefix=f"fedmp/{spec.client}/{address.secret}",
-            device=spec.torch_device,
-            backend=spec.backend,
-            timeout_s=spec.timeout_s,
-            names=[_stages_text(own) for own in spec.placement],
-        )
+        with announced:
+            return DistributedTransport(
+                rendezvous,
+                rank=spec.rank,
+                world_size=len(spec.placement),
+                prefix=f"fedmp/{spec.client}/{address.secret}",
+                device=spec.torch_device,
+                backend=spec.backend,
+                timeout_s=spec.timeout_s,
+                names=[_stages_text(own) for own in spec.placement],
+            )
 
     def _train(self, round: int) -> None:
         before = self._pull(round)
@@ -289,6 +294,24 @@ class _Device:
                 report()
 
         return watch
+
+
+@contextlib.contextmanager
+def _announced(federation: Federation, address: Address) -> Iterator[None]:
+    """Say it again now and then: a coordinator that is started anew has forgotten it, and the others wait."""
+    is_done = threading.Event()
+
+    def announce() -> None:
+        while not is_done.wait(_ANNOUNCE_S):
+            with contextlib.suppress(FederationError):
+                federation.publish_address(address)
+
+    thread = threading.Thread(target=announce, name="fedmp-announce", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
 
 
 def _find_address(spec: DeviceSpec, federation: Federation) -> Address:
