@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from fedmp.cli import main
 from fedmp.data import ArrayData, NoData, Own
 from fedmp.engine.agreement import agreement_of, check_agreement
 from fedmp.engine.deploy import DeployEngine
@@ -19,6 +26,7 @@ from fedmp.errors import ConfigError
 from fedmp.identity import CredentialStore
 from fedmp.models import MLP
 from fedmp.report import RunDirectory
+from fedmp.seeds import derive_seed
 from tests.support.deployment import STEPS, Deployment, ends, eventually
 from tests.support.jobs import assert_same, images, run, tiny_job, topology, weights
 
@@ -130,7 +138,7 @@ def test_each_client_may_have_data_of_its_own_and_the_coordinator_none(tmp_path:
         for client, own in zip(("c0", "c1"), rows, strict=True):
             inputs, targets = data.train.batch(own)
             mine = ArrayData(inputs, targets, inputs[:1], targets[:1])
-            devices.append(federation.device(client, "d0", job=_with_data(blind, mine)))
+            devices.append(federation.device(client, "d0", job=replace(blind, data=mine)))
         coordinator = federation.coordinator()
         assert [ends(process) for process in (coordinator, *devices)] == [0] * 3
         assert_same(federation.final_state(), expected, rtol=1e-5, atol=1e-6)
@@ -214,13 +222,79 @@ class TestOpenDoors:
             DeployEngine(port=0, folder=folder, certificate=folder / "gone.pem").warm_up()
 
 
+class TestCommands:
+    """As an operator runs it."""
+
+    CONFIGS = Path(__file__).resolve().parents[1] / "support" / "configs"
+
+    def start(self, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        root = Path(__file__).resolve().parents[2]
+        path = os.pathsep.join([str(root / "src"), str(root)])
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedmp", *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    @pytest.mark.slow
+    def test_two_jobs_over_mutual_tls_with_json_logs_and_ranks(self, tmp_path: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        names = ["c0/d0", "c0/d1", "c1/d0", "c1/d1"]
+        folder = ["--folder", str(tmp_path / "federation")]
+        assert main(["certs", "127.0.0.1", *folder]) == 0
+        assert (
+            main(["enroll", *names, "--coordinator", f"https://127.0.0.1:{port}", "--mutual", *folder]) == 0
+        )
+        for rank, name in enumerate(names):
+            made = tmp_path / "federation" / "credentials" / f"{name.replace('/', '.')}.json"
+            made.rename(tmp_path / f"device.{rank}.json")
+        job = ["--config-dir", str(self.CONFIGS), "--multirun", "experiment=tiny", "seed=1,2", "logs=json"]
+        served = [f"engine.port={port}", "engine.mutual_tls=true", "hydra.sweep.dir=sweep"]
+        processes = [
+            self.start(tmp_path, "coordinator", *job, *served),
+            *(
+                self.start(tmp_path, "device", "--credentials", "device.{rank}.json", *job, RANK=str(rank))
+                for rank in range(len(names))
+            ),
+        ]
+        try:
+            printed = [process.communicate(timeout=120)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        assert [process.returncode for process in processes] == [0] * 5, printed
+        events = [json.loads(line) for line in printed[0].splitlines() if line.startswith("{")]
+        assert [event["event"] for event in events].count("run-finished") == 2
+        for number, seed in enumerate((1, 2)):
+            expected = _simulated(tmp_path / f"expected{seed}", self.CONFIGS, seed)
+            state = load_file(
+                tmp_path / "sweep" / str(number) / "checkpoints" / "round-00001" / "model.safetensors"
+            )
+            assert_same(state, expected, rtol=1e-5, atol=1e-6)
+
+    def test_a_rank_that_nobody_set_is_named(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.delenv("SLURM_PROCID", raising=False)
+        assert main(["device", "--credentials", "device.{rank}.json"]) == 2
+        assert "neither RANK nor SLURM_PROCID is set" in capsys.readouterr().err
+
+
+def _simulated(folder: Path, configs: Path, seed: int) -> dict[str, torch.Tensor]:
+    assert (
+        main(
+            ["simulate", "--config-dir", str(configs), "experiment=tiny", f"seed={seed}", f"run_dir={folder}"]
+        )
+        == 0
+    )
+    return load_file(folder / "checkpoints" / "round-00001" / "model.safetensors")
+
+
 def _split_seed(seed: int) -> int:
-    from fedmp.seeds import derive_seed
-
     return derive_seed(seed, "split") % 2**32
-
-
-def _with_data(job, data):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
-    return replace(job, data=data)
