@@ -29,9 +29,6 @@ __all__ = ["Board", "BoardStatus", "Member"]
 # a device that lost a peer says so at once; what happened to the peer is known a moment later
 _CAUSE_S = 2.0
 
-# a device asks at least every ten seconds; one that is silent for longer is not waited for at the end
-_ALIVE_S = 60.0
-
 _KINDS: dict[str, type[FedmpError]] = {
     kind.__name__: kind for kind in (DataError, DeadlineError, FrameError, PipelineError, TrainingError)
 }
@@ -142,15 +139,13 @@ class Board:
             self._notify()
 
     def wait_until_told(self, *, timeout_s: float) -> bool:
-        """Wait until every device that was heard in the last minute has asked, and been sent home."""
+        """Wait until every device that a plan needs has asked, and been sent home.
 
-        def is_done() -> bool:
-            now_s = time.monotonic()
-            alive = {d for d, at_s in self._last_heard_s.items() if now_s - at_s < _ALIVE_S}
-            return not alive - {(member.client, member.device) for member in self._told}
-
+        Also those that were not heard yet: after a restart they may still be about to come back.
+        """
+        needed = {member for member in self.members.values() if member.stages}
         with self._changed:
-            return self._changed.wait_for(is_done, timeout_s)
+            return self._changed.wait_for(lambda: needed <= self._told, timeout_s)
 
     def wait_for_cohort(self, *, timeout_s: float) -> bool:
         """Wait until every device of the cohort has reported, or something fails.
