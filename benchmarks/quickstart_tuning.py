@@ -31,10 +31,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     rows = [measure(options.overrides, rate, options.seeds) for rate in options.rates]
-    best = {side: max(rows, key=lambda row: statistics.mean(row[side])) for side in ("federated", "centralized")}
+    best = {
+        side: max(rows, key=lambda row: statistics.mean(row[side])) for side in ("federated", "centralized")
+    }
     for side, row in best.items():
         print(f"best {side}: lr {row['lr']}, accuracy {statistics.mean(row[side]):.4f}")
-    gap = statistics.mean(best["centralized"]["centralized"]) - statistics.mean(best["federated"]["federated"])
+    gap = statistics.mean(best["centralized"]["centralized"]) - statistics.mean(
+        best["federated"]["federated"]
+    )
     print(f"gap: {100 * gap:.2f} points, the mean over {len(options.seeds)} seeds")
     path = Path(__file__).parent / "results" / "quickstart_tuning.json"
     path.parent.mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ def composed(*overrides: str) -> RunConfig:
 def test_every_choice_of_every_group_makes_a_job_and_an_engine(choice: str) -> None:
     config = composed("experiment=none", choice)
     assert config.job().rounds == config.rounds
-    assert config.make_engine().name in ("local", "simulate")
+    assert config.make_engine().name in ("local", "simulate", "deploy")
 
 
 def test_the_default_is_the_quickstart() -> None:

@@ -15,6 +15,7 @@ Names are imported when first used, so `import fedmp` costs nothing.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from fedmp.topology import Client, Device, Link, Links, Topology
 
 __version__ = "0.1.0"
+
+# a library does not print its log unless it is asked to
+logging.getLogger("fedmp").addHandler(logging.NullHandler())
 
 _HOMES = {
     "Centralized": "fedmp.engine",

@@ -1,16 +1,19 @@
-"""The command line: `fedmp`, `fedmp run`, `fedmp simulate`, `fedmp plan`.
+"""The command line: `fedmp run`, `simulate` and `plan`, and those of a deployed federation.
 
 Overrides are Hydra's. What goes wrong is one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +31,12 @@ usage:
   fedmp simulate [OVERRIDES]     train in one process: short for `fedmp run engine=simulate`
   fedmp plan     [OVERRIDES]     show how the model would be cut over each client's devices
                  --json          ... as JSON
+  fedmp coordinator [OVERRIDES]  serve the job to devices on other machines; again: go on where it ended
+  fedmp device --credentials FILE [OVERRIDES]
+                                 take part: the same job, this client's data
+  fedmp certs    HOST...         make certificates for a coordinator; see each command's --help
+  fedmp enroll   CLIENT/DEVICE.. make credentials for devices
+  fedmp revoke   CLIENT[/DEVICE] take credentials back
   fedmp --version | --help
 
 overrides (Hydra):
@@ -46,6 +55,8 @@ groups and choices:
 example:
   fedmp run topology=uneven partitioner=exact rounds=5 run_dir=out/uneven
 """
+
+_ADMINISTRATION = ("certs", "enroll", "revoke")
 
 _VALUE_FLAGS = {
     "--config-dir",
@@ -73,13 +84,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for anything that the user can mend, 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {"run": _run, "simulate": _simulate, "plan": _plan}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "run": _run,
+        "simulate": _simulate,
+        "plan": _plan,
+        "coordinator": _coordinator,
+        "device": _device,
+        **{name: partial(_administer, name) for name in _ADMINISTRATION},
+    }
     if "--version" in arguments:
         from fedmp import __version__
 
         print(f"fedmp {__version__}")
         return 0
-    if "--help" in arguments or "-h" in arguments or arguments[:1] == ["help"]:
+    if arguments[:1] and arguments[0] in _ADMINISTRATION:
+        pass  # these parse their own arguments, --help included
+    elif "--help" in arguments or "-h" in arguments or arguments[:1] == ["help"]:
         print(_HELP.format(groups=_describe_groups(arguments)))
         return 0
     command = "run"
@@ -92,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(0, os.getcwd())  # a config may name the user's own modules
     try:
         commands[command](arguments)
+    except _Terminated:
+        return _fail("terminated; nothing that was committed or acknowledged is lost", code=143)
     except KeyboardInterrupt:
         return _fail("interrupted; committed rounds are kept, go on with resume=DIR", code=130)
     except Exception as error:
@@ -100,6 +122,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(message)
     return 0
+
+
+def _administer(name: str, arguments: list[str]) -> None:
+    from fedmp.errors import ConfigError
+
+    try:
+        from fedmp import admin
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "cryptography":
+            raise
+        raise ConfigError(
+            f"`fedmp {name}` needs the cryptography package: pip install 'fedmp[deploy]'"
+        ) from error
+    getattr(admin, name)(arguments)
 
 
 def _run(arguments: list[str]) -> None:
@@ -115,10 +151,85 @@ def _plan(arguments: list[str]) -> None:
     _compose([argument for argument in arguments if argument != "--json"], lambda c: _show_plan(c, as_json))
 
 
-def _run_config(config: RunConfig) -> None:
-    from fedmp.report import make_view
+def _coordinator(arguments: list[str]) -> None:
+    from fedmp.engine.deploy import DeployEngine
+    from fedmp.errors import ConfigError
+    from fedmp.report import LogView, configure_logs
 
-    with make_view(quiet=config.quiet) as view:
+    configs: list[RunConfig] = []
+    _compose(["engine=deploy", *arguments], configs.append)
+    signal.signal(signal.SIGTERM, _terminate)
+    configure_logs(configs[0].logs or "text")
+    for index, config in enumerate(configs):
+        engine = config.make_engine()
+        if not isinstance(engine, DeployEngine):
+            raise ConfigError("`fedmp coordinator` runs the engine deploy; leave engine= out")
+        run_dir = config.resume or config.run_dir
+        config.job().run(
+            engine.model_copy(update={"more_to_come": index + 1 < len(configs)}),
+            run_dir=run_dir,
+            resume=config.resume is not None or (run_dir is not None and (run_dir / "checkpoints").is_dir()),
+            observe=LogView(),
+            config=config.model_dump(mode="json"),
+        )
+
+
+def _device(arguments: list[str]) -> None:
+    from fedmp.engine.device import LocalJob, run_deployed_device
+    from fedmp.report import configure_logs
+
+    credentials, arguments = _take_credentials(arguments)
+    configs: list[RunConfig] = []
+    _compose(arguments, configs.append)
+    signal.signal(signal.SIGTERM, _terminate)
+    configure_logs(configs[0].logs or "text")
+    settings = configs[0].device
+    if credentials is not None:
+        settings = settings.model_copy(update={"credentials": credentials})
+    jobs = [LocalJob(config.job(), config.model_dump(mode="json")) for config in configs]
+    run_deployed_device(jobs, settings)
+
+
+def _take_credentials(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The value of `--credentials`, and the arguments without it.
+
+    `{rank}` in it is the process's rank as torchrun or SLURM tells it, so that one command starts all.
+    """
+    from fedmp.errors import ConfigError
+
+    kept, value = [], None
+    given = iter(arguments)
+    for argument in given:
+        if argument == "--credentials":
+            value = next(given, "")
+        elif argument.startswith("--credentials="):
+            value = argument.partition("=")[2]
+        else:
+            kept.append(argument)
+    if value is None:
+        return None, kept
+    if "{rank}" in value:
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+        if rank is None:
+            raise ConfigError("--credentials has {rank} in it, but neither RANK nor SLURM_PROCID is set")
+        value = value.replace("{rank}", rank)
+    return Path(value), kept
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _run_config(config: RunConfig) -> None:
+    from fedmp.report import LogView, configure_logs, make_view
+
+    if config.logs:
+        configure_logs(config.logs)
+    with contextlib.nullcontext(LogView()) if config.logs else make_view(quiet=config.quiet) as view:
         config.job().run(
             config.make_engine(),
             run_dir=config.resume or config.run_dir,

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from fedmp.engine import Centralized, Engine, Job
+from fedmp.engine.device import DeviceSettings
 from fedmp.errors import ConfigError, FedmpError
 from fedmp.graph import CutRules
 from fedmp.partition.api import Costs
@@ -82,6 +83,8 @@ class RunConfig(BaseModel):
     server_optimizer: dict[str, Any] | None = None
     federated_evaluation: bool = False
     centralized: CentralizedConfig | None = None
+    device: DeviceSettings = DeviceSettings()
+    logs: Literal["text", "json"] | None = None
     run_dir: Path | None = None
     resume: Path | None = None
     trace: bool = False

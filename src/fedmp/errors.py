@@ -92,11 +92,13 @@ class RefusedError(FederationError):
 
     Attributes:
         status: HTTP status code of the refusal.
+        reason: one of a few fixed words, such as "wrong-round", for programs and metrics.
     """
 
-    def __init__(self, message: str, *, status: int) -> None:
+    def __init__(self, message: str, *, status: int, reason: str = "invalid") -> None:
         super().__init__(message)
         self.status = status
+        self.reason = reason
 
 
 class RoundError(FederationError):

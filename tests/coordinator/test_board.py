@@ -8,8 +8,8 @@ import time
 import pytest
 
 from fedmp.coordinator import Board
-from fedmp.errors import FedmpError, PipelineError, RoundError, TrainingError
-from fedmp.records import FailureReport
+from fedmp.errors import FedmpError, PipelineError, RefusedError, RoundError, TrainingError
+from fedmp.records import Address, FailureReport
 from tests.support.service import members
 
 MEMBERS = members()
@@ -17,13 +17,13 @@ MEMBERS = members()
 
 def opened(*cohort: str, reported: tuple[tuple[str, int], ...] = ()) -> Board:
     board = Board(MEMBERS)
-    board.open_round(3, cohort or ("ann", "bob"), reported)
+    board.open_round(3, cohort or ("ann", "bob"), dict.fromkeys(reported, ""))
     return board
 
 
 def report_all(board: Board, client: str) -> None:
     for stage in (0, 1):
-        board.reported(MEMBERS[f"{client}{stage}"], 5)
+        board.reported(MEMBERS[f"{client}{stage}"], 3, 5)
 
 
 def test_before_the_first_round_devices_wait() -> None:
@@ -56,10 +56,10 @@ def test_all_devices_are_sent_home_at_the_end() -> None:
 def test_the_cohort_is_complete_when_every_stage_of_every_client_has_reported() -> None:
     board = opened()
     report_all(board, "ann")
-    board.reported(MEMBERS["bob0"], 5)
+    board.reported(MEMBERS["bob0"], 3, 5)
     assert board.wait_for_cohort(timeout_s=0) is False
     assert board.missing() == {"bob": [1]}
-    board.reported(MEMBERS["bob1"], 5)
+    board.reported(MEMBERS["bob1"], 3, 5)
     assert board.wait_for_cohort(timeout_s=0) is True
     assert board.bytes_up == 20
 
@@ -119,7 +119,47 @@ def test_listeners_hear_of_every_change() -> None:
     board = opened()
     heard: list[int] = []
     board.listen(lambda: heard.append(1))
-    board.reported(MEMBERS["ann0"], 1)
+    board.reported(MEMBERS["ann0"], 3, 1)
     board.close_round()
     board.stop("over")
     assert len(heard) == 3
+
+
+def test_a_pipeline_that_comes_up_anew_voids_what_an_earlier_one_began() -> None:
+    board = opened()
+    first, second = (Address(host="h", port=1, secret=secret) for secret in ("one", "two"))
+    assert board.publish_address(MEMBERS["ann0"], first) == []
+    assert board.reported(MEMBERS["ann1"], 3, 5, first.generation)
+    assert board.publish_address(MEMBERS["ann0"], first) == [], "the same pipeline, after a restart perhaps"
+    assert board.publish_address(MEMBERS["ann0"], second) == [1]
+    assert board.missing()["ann"] == [0, 1]
+    assert not board.reported(MEMBERS["ann0"], 3, 5, first.generation), "too late"
+
+
+def test_what_a_pipeline_has_finished_stays_when_another_one_comes_up() -> None:
+    board = opened()
+    report_all(board, "ann")
+    assert board.publish_address(MEMBERS["ann0"], Address(host="h", port=1, secret="new")) == []
+    assert board.missing() == {"bob": [0, 1]}
+
+
+def test_devices_join_before_they_train_and_agree_on_their_samples() -> None:
+    board = Board(MEMBERS, joins=True)
+    board.open_round(1, ("ann", "bob"))
+    assert board.instruction_for(MEMBERS["ann0"]).kind == "join"
+    assert board.join(MEMBERS["ann1"], None) is None
+    assert board.join(MEMBERS["ann0"], 45) == 45
+    assert board.join(MEMBERS["ann1"], None) == 45
+    assert board.samples_of("bob") is None
+    assert board.instruction_for(MEMBERS["ann0"]).kind == "train"
+    with pytest.raises(RefusedError, match="ann/d1 holds 44 samples, but ann/d0 holds 45"):
+        board.join(MEMBERS["ann1"], 44)
+
+
+def test_the_end_waits_until_every_device_has_heard_of_it() -> None:
+    board = opened()
+    board.stop("over", is_last=False)
+    for member in MEMBERS.values():
+        assert board.wait_until_told(timeout_s=0) is False
+        assert board.instruction_for(member).kind == "next"
+    assert board.wait_until_told(timeout_s=0) is True

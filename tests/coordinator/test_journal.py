@@ -38,18 +38,22 @@ def test_a_client_is_whole_once_all_its_stages_are_there(tmp_path: Path) -> None
     assert set(whole) == {"a.weight", "a.mean", "b.weight", "b.count"}
 
 
-def test_updates_of_whole_clients_survive_a_restart(tmp_path: Path) -> None:
+def test_updates_survive_a_restart_with_the_generation_that_made_them(tmp_path: Path) -> None:
     before = opened(tmp_path)
     for stage in (0, 1):
         put(before, "ann", stage)
-    assert opened(tmp_path).whole_clients(WHOLE) == ["ann"]
+    put(before, "bob", 1, body(update(1), DeviceReport(num_examples=1, generation="g")))
+    assert opened(tmp_path).found(WHOLE) == {("ann", 0): "", ("ann", 1): "", ("bob", 1): "g"}
 
 
-def test_stages_of_a_partial_client_are_dropped_after_a_restart(tmp_path: Path) -> None:
-    put(opened(tmp_path), "bob", 1)
+def test_an_update_of_another_generation_is_refused(tmp_path: Path) -> None:
     journal = opened(tmp_path)
-    assert journal.whole_clients(WHOLE) == []
-    assert not journal.has("bob", 1), "bob trains again, from the start"
+    part = journal.temporary("ann", 0)
+    part.write_bytes(body(update(0), DeviceReport(num_examples=1, generation="old")))
+    with pytest.raises(RefusedError, match="made by generation 'old'.* generation 'new' is up") as refused:
+        journal.accept(part, "ann", 0, STAGES[0], generation="new")
+    assert (refused.value.status, refused.value.reason) == (409, "wrong-generation")
+    assert not journal.has("ann", 0)
 
 
 def test_a_client_whose_plan_changed_is_dropped_after_a_restart(tmp_path: Path) -> None:
@@ -59,7 +63,7 @@ def test_a_client_whose_plan_changed_is_dropped_after_a_restart(tmp_path: Path) 
         for stage in (0, 1):
             put(before, "ann", stage)
         journal = opened(tmp_path)
-        assert journal.whole_clients({"ann": plan}) == []
+        assert journal.found({"ann": plan}) == {}
         assert not any(journal.has("ann", stage) for stage in range(3))
 
 
@@ -69,7 +73,7 @@ def test_a_file_that_was_torn_is_dropped_with_its_client_after_a_restart(tmp_pat
         put(before, "ann", stage)
     path = tmp_path / "round-00001" / "ann.1.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert opened(tmp_path).whole_clients(WHOLE) == []
+    assert opened(tmp_path).found(WHOLE) == {}
 
 
 def test_unfinished_uploads_are_swept_up_after_a_restart(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fedmp.client import HttpFederation
 from fedmp.coordinator import Board, CoordinatorService, GlobalModel, Journal
 from fedmp.errors import ConfigError, FederationError, RefusedError
 from fedmp.records import Address, DeviceReport, FailureReport, ProgressReport
-from tests.support.service import Coordinator, body, coordinator, members, specs, state, update
+from tests.support.service import Coordinator, body, coordinator, digest_of, members, specs, state, update
 
 
 @pytest.fixture
@@ -34,6 +34,10 @@ def unmoved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
     """One coordinator for many requests that must change nothing."""
     with coordinator(tmp_path_factory.mktemp("unmoved")) as running:
         yield running
+
+
+FULL = body(update(0))
+DIGEST = b"content-digest: " + digest_of(FULL).encode() + b"\r\n"
 
 
 def with_tensor(stage: int, name: str, tensor: torch.Tensor) -> bytes:
@@ -62,7 +66,7 @@ def test_a_request_without_a_known_credential_is_refused(
 ) -> None:
     status, answer = unmoved.ask(method, path, payload=b"{}" if method != "GET" else None, **headers)
     assert status == 401
-    assert json.loads(answer) == {"detail": "unknown credential"}
+    assert json.loads(answer) == {"detail": "unknown credential", "reason": "unknown-credential"}
     assert unmoved.files() == []
 
 
@@ -80,9 +84,18 @@ def test_a_valid_update_is_in_the_journal_when_it_is_acknowledged(server: Coordi
     assert server.board.missing() == {"ann": [1], "bob": [0, 1]}
 
 
-@pytest.mark.parametrize("round", [0, 2, 99])
-def test_a_round_that_is_not_open_is_refused_and_the_open_one_named(server: Coordinator, round: int) -> None:
-    assert server.push("ann0", body(update(0)), round) == (409, f"round {round} is not open; round 1 is")
+@pytest.mark.parametrize(
+    ("round", "detail"),
+    [
+        (0, "round 0 is over; round 1 is open"),
+        (2, "round 2 is not open; round 1 is"),
+        (99, "round 99 is not open; round 1 is"),
+    ],
+)
+def test_a_round_that_is_not_open_is_refused_and_the_open_one_named(
+    server: Coordinator, round: int, detail: str
+) -> None:
+    assert server.push("ann0", body(update(0)), round) == (409, detail)
     assert server.ask("GET", f"/v1/rounds/{round}/stage", "ann0")[0] == 409
     assert server.files() == []
 
@@ -90,8 +103,9 @@ def test_a_round_that_is_not_open_is_refused_and_the_open_one_named(server: Coor
 def test_between_two_rounds_no_update_is_taken_and_no_stage_given(server: Coordinator) -> None:
     server.board.close_round()
     server.journal.close()
-    assert server.push("ann0", body(update(0))) == (409, "round 1 is not open; none is")
+    assert server.push("ann0", body(update(0))) == (409, "round 1 is over")
     assert server.ask("GET", "/v1/rounds/1/stage", "ann0")[0] == 409
+    assert server.push("ann0", body(update(0)), 2) == (503, "round 2 is not open yet")
 
 
 def test_an_update_of_a_client_outside_the_cohort_is_refused(server: Coordinator) -> None:
@@ -105,7 +119,8 @@ def test_a_body_announced_as_too_long_is_refused_before_it_is_read(server: Coord
     with socket.create_connection((address.hostname, address.port), timeout=10) as raw:
         raw.sendall(
             b"PUT /v1/rounds/1/update HTTP/1.1\r\nhost: x\r\nauthorization: Bearer ann0\r\n"
-            b"content-length: 4097\r\n\r\n"
+            + DIGEST
+            + b"content-length: 4097\r\n\r\n"
         )
         answer = raw.recv(4096)
     assert answer.startswith(b"HTTP/1.1 413")
@@ -117,7 +132,8 @@ def test_a_streamed_body_that_grows_too_long_is_refused(server: Coordinator) -> 
     with socket.create_connection((address.hostname, address.port), timeout=10) as raw:
         raw.sendall(
             b"PUT /v1/rounds/1/update HTTP/1.1\r\nhost: x\r\nauthorization: Bearer ann0\r\n"
-            b"transfer-encoding: chunked\r\n\r\n"
+            + DIGEST
+            + b"transfer-encoding: chunked\r\n\r\n"
         )
         for _ in range(5):
             raw.sendall(b"400\r\n" + bytes(1024) + b"\r\n")
@@ -134,7 +150,9 @@ def test_a_body_that_breaks_off_leaves_nothing_and_the_service_goes_on(server: C
     with socket.create_connection((address.hostname, address.port), timeout=10) as raw:
         raw.sendall(
             b"PUT /v1/rounds/1/update HTTP/1.1\r\nhost: x\r\nauthorization: Bearer ann0\r\n"
-            b"content-length: 2000\r\n\r\n" + bytes(1000)
+            + DIGEST
+            + b"content-length: 2000\r\n\r\n"
+            + bytes(1000)
         )
         raw.shutdown(socket.SHUT_WR)
         while raw.recv(4096):  # until the server has closed its side
@@ -143,7 +161,6 @@ def test_a_body_that_breaks_off_leaves_nothing_and_the_service_goes_on(server: C
     assert server.files() == ["ann.1.safetensors"]
 
 
-FULL = body(update(0))
 BAD_BODIES = {
     "empty": (b"", "not a safetensors file"),
     "garbage": (b"\x80\x04\x95 no tensors at all" * 9, "not a safetensors file"),
@@ -219,16 +236,22 @@ def test_no_corruption_of_an_update_gets_past_the_check_or_breaks_it(
     assert all(bool(torch.isfinite(tensor).all()) for tensor in taken.values())
 
 
-def test_a_duplicate_push_is_acknowledged_again_and_counted_once(server: Coordinator) -> None:
-    first = body(update(0, 1.0))
-    assert server.push("ann0", first)[0] == 200
-    bytes_up = server.board.bytes_up
-    assert bytes_up == len(first)
-    assert server.push("ann0", body(update(0, 2.0)))[0] == 200
-    assert server.board.bytes_up == bytes_up
+def test_the_same_push_again_is_acknowledged_again_and_counted_once(server: Coordinator) -> None:
+    """An acknowledgement may get lost, so a repeated push is no error; a replayed one changes nothing."""
+    assert [server.push("ann0", FULL)[0] for _ in range(3)] == [200] * 3
+    assert server.board.bytes_up == len(FULL)
     assert server.files() == ["ann.0.safetensors"]
+
+
+def test_another_update_of_the_same_stage_and_round_is_refused(server: Coordinator) -> None:
+    assert server.push("ann0", FULL)[0] == 200
+    assert server.push("ann0", body(update(0, 2.0))) == (
+        409,
+        "another update of ann/d0 for round 1 is in the journal already",
+    )
     kept = load((server.folder / "round-00001" / "ann.0.safetensors").read_bytes())
     assert torch.equal(kept["a.mean"], torch.ones(3)), "the first one counts"
+    assert server.board.bytes_up == len(FULL)
 
 
 def test_the_same_push_many_times_at_once_is_counted_once(server: Coordinator) -> None:
@@ -318,7 +341,7 @@ def test_an_address_in_use_is_named_with_the_way_out() -> None:
 def test_a_device_whose_coordinator_is_away_says_so_after_its_retries() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    device = HttpFederation(f"http://127.0.0.1:{port}", "ann0", retries=1)
+    device = HttpFederation(f"http://127.0.0.1:{port}", "ann0", patience_s=0.2)
     with pytest.raises(FederationError, match=f"coordinator at http://127.0.0.1:{port} does not answer"):
         device.instruction()
 

@@ -174,7 +174,7 @@ def test_a_new_run_takes_nothing_from_one_that_failed_in_its_first_round_there(t
 def _journal_of_all_zeros(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from fedmp.engine.local import _members
+    from fedmp.engine.members import members_of
     from fedmp.engine.prepare import prepare
     from fedmp.records import DeviceReport
 
@@ -182,7 +182,7 @@ def _journal_of_all_zeros(folder: Path) -> None:
     journal = folder / "journal" / "round-00001"
     journal.mkdir(parents=True, exist_ok=True)
     report = {"report": DeviceReport(num_examples=45).model_dump_json()}
-    for member in _members(prepared).values():
+    for member in members_of(prepared):
         zeros = {n: torch.zeros(prepared.graph.state[n].shape) for n in member.pushed}
         save_file(zeros, journal / f"{member.client}.{member.rank}.safetensors", metadata=report)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedmp.pipeline import MicroBatches
+from fedmp.pipeline import MicroBatches, host_rendezvous
 from fedmp.stages import model_state
 from tests.pipeline.harness import cut, own_stages, traced
 from tests.pipeline.processes import Pair, Part, be_silent, disagree, predict, recover, train
@@ -122,3 +123,9 @@ def test_the_first_process_gets_the_outputs_if_it_wants_them(pair: Pair) -> None
     found = pair.run(predict, parts, cut((inputs, targets), 3))
     torch.testing.assert_close(torch.cat(found[0]), model.eval()(inputs))
     assert found[1] == []
+
+
+def test_the_rendezvous_listens_on_its_own_interface_alone() -> None:
+    rendezvous = host_rendezvous("127.0.0.1", timeout_s=5)
+    listening = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == rendezvous.port] == ["127.0.0.1"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.client
 import json
 from collections.abc import Iterator, Mapping
@@ -14,7 +16,7 @@ from urllib.parse import urlsplit
 import torch
 from safetensors.torch import save
 
-from fedmp.coordinator import Board, CoordinatorService, GlobalModel, Journal, Member
+from fedmp.coordinator import Board, CoordinatorService, GlobalModel, Journal, Limits, Member
 from fedmp.graph import StateSpec
 from fedmp.records import DeviceReport
 
@@ -83,6 +85,11 @@ def body(tensors: Mapping[str, torch.Tensor], report: DeviceReport | str | None 
     return save(dict(tensors), metadata={"report": text})
 
 
+def digest_of(payload: bytes) -> str:
+    """The header that announces a body's digest."""
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(payload).digest()).decode()}:"
+
+
 @dataclass
 class Coordinator:
     """The parts of a running coordinator."""
@@ -111,7 +118,9 @@ class Coordinator:
 
     def push(self, token: str, payload: Any, round: int = 1) -> tuple[int, str]:
         """Push an update; returns status and what the coordinator says."""
-        status, answer = self.ask("PUT", f"/v1/rounds/{round}/update", token, payload)
+        status, answer = self.ask(
+            "PUT", f"/v1/rounds/{round}/update", token, payload, **{"content-digest": digest_of(payload)}
+        )
         return status, json.loads(answer).get("detail", "")
 
     def files(self) -> list[str]:
@@ -120,11 +129,11 @@ class Coordinator:
 
 
 @contextmanager
-def coordinator(folder: Path) -> Iterator[Coordinator]:
+def coordinator(folder: Path, limits: Limits | None = None, **options: Any) -> Iterator[Coordinator]:
     """A coordinator whose first round is open for `ann` and `bob`."""
     board, journal = Board(members()), Journal(folder, specs())
     model = GlobalModel(specs(), state())
     journal.open(1)
     board.open_round(1, ("ann", "bob"))
-    with CoordinatorService(board, journal, model) as service:
+    with CoordinatorService(board, journal, model, limits=limits, **options) as service:
         yield Coordinator(board, journal, model, folder, service)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -48,18 +48,20 @@ class WeightedMean(Component):
             raise ValueError(f"{len(updates)} updates need as many positive weights, not {list(weights)}")
         total = sum(weights)
         shares = [weight / total for weight in weights]
-        return {name: _mean([update[name] for update in updates], shares) for name in updates[0]}
+        return {name: _mean((update[name] for update in updates), shares) for name in updates[0]}
 
 
-def _mean(tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
-    dtype = tensors[0].dtype
-    if dtype == torch.bool:
-        votes = torch.zeros_like(tensors[0], dtype=torch.float64)
-        for tensor, share in zip(tensors, shares, strict=True):
-            votes.add_(tensor.double(), alpha=share)
-        return votes > 0.5
-    working = dtype if dtype in (torch.float32, torch.float64) else torch.float64
-    mean = torch.zeros_like(tensors[0], dtype=working)
+def _mean(tensors: Iterable[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    """The weighted sum of tensors that come one at a time and are not kept."""
+    mean: torch.Tensor | None = None
+    dtype = torch.float32
     for tensor, share in zip(tensors, shares, strict=True):
-        mean.add_(tensor.to(working), alpha=share)
+        if mean is None:
+            dtype = tensor.dtype
+            working = dtype if dtype in (torch.float32, torch.float64) else torch.float64
+            mean = torch.zeros_like(tensor, dtype=working)
+        mean.add_(tensor.to(mean.dtype), alpha=share)
+    assert mean is not None
+    if dtype == torch.bool:
+        return mean > 0.5
     return (mean if dtype.is_floating_point else mean.round()).to(dtype)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from fedmp.client.device import DeviceSpec, run_device
+from fedmp.client.device import DeviceSpec, run_device, serve_job
 from fedmp.client.federation import Federation, HttpFederation
 from fedmp.client.training import LocalTrainer, LocalWork
 
-__all__ = ["DeviceSpec", "Federation", "HttpFederation", "LocalTrainer", "LocalWork", "run_device"]
+__all__ = [
+    "DeviceSpec",
+    "Federation",
+    "HttpFederation",
+    "LocalTrainer",
+    "LocalWork",
+    "run_device",
+    "serve_job",
+]

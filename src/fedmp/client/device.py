@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,16 +24,25 @@ from fedmp.pipeline import (
     host_rendezvous,
     join_rendezvous,
 )
-from fedmp.records import Address, DeviceReport, FailureReport, ProgressReport, TimedAction
+from fedmp.records import (
+    Address,
+    DeviceReport,
+    FailureReport,
+    Instruction,
+    ProgressReport,
+    Ready,
+    TimedAction,
+)
 from fedmp.stages import Stage, StageBlueprint
 from fedmp.tasks import Task
 from fedmp.updates import difference, trained_names
 
-__all__ = ["DeviceSpec", "run_device"]
+__all__ = ["DeviceSpec", "run_device", "serve_job"]
 
 _TIMELINE_STEP = 1
 _PROGRESS_S = 0.5
 _ROUND_IS_OVER = 409
+_ANNOUNCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class DeviceSpec:
         torch_device: "cpu", "cuda:0", ...
         num_threads: for torch on the CPU; 0 leaves torch's default.
         timeout_s: deadline of one transfer between devices.
+        ready: what it tells a coordinator that does not know it; None where every coordinator does.
     """
 
     url: str
@@ -78,6 +90,7 @@ class DeviceSpec:
     torch_device: str = "cpu"
     num_threads: int = 1
     timeout_s: float = 60.0
+    ready: Ready | None = None
 
 
 def run_device(spec: DeviceSpec) -> int:
@@ -86,19 +99,37 @@ def run_device(spec: DeviceSpec) -> int:
     Returns:
         An exit code: 0 if all went well, 1 if the device had to give up; the coordinator was told why.
     """
+    federation = HttpFederation(spec.url, spec.token)
+    try:
+        serve_job(spec, federation)
+    except FedmpError as error:
+        if isinstance(error, FederationError):  # the coordinator may not have heard of it
+            print(f"fedmp device: {error}", flush=True)
+        return 1
+    return 0
+
+
+def serve_job(spec: DeviceSpec, federation: Federation) -> Instruction:
+    """Train a job's rounds until the coordinator ends the job.
+
+    Returns:
+        The instruction that ended it: "stop" or "next".
+
+    Raises:
+        FedmpError: the device had to give up; the coordinator was told why, if it could be reached.
+    """
     if spec.num_threads:
         torch.set_num_threads(spec.num_threads)
-    federation = HttpFederation(spec.url, spec.token)
     current = _CurrentRound()
     try:
-        _Device(spec, federation, current).run()
+        return _Device(spec, federation, current).run()
     except FedmpError as error:
-        return _give_up(federation, spec, current.number, type(error).__name__, str(error))
+        _give_up(federation, spec, current.number, type(error).__name__, str(error))
+        raise
     except Exception as error:  # whatever it is, the coordinator must hear of it
-        return _give_up(
-            federation, spec, current.number, "FederationError", f"{type(error).__name__}: {error}"
-        )
-    return 0
+        text = f"{type(error).__name__}: {error}"
+        _give_up(federation, spec, current.number, "FederationError", text)
+        raise FederationError(text) from error
 
 
 class _CurrentRound:
@@ -112,7 +143,8 @@ class _Device:
         self._spec = spec
         self._federation = federation
         self._current = current
-        self._transport = _join_pipeline(spec, federation)
+        self._address: Address | None = None
+        self._transport = self._join_pipeline()
         self._stages = [Stage(blueprint).materialize(spec.torch_device) for blueprint in spec.blueprints]
         self._timeline: list[TimedAction] = []
         self._trained_before = self._has_timeline = False
@@ -133,16 +165,57 @@ class _Device:
             num_samples=spec.num_samples,
         )
 
-    def run(self) -> None:
-        """Ask what to do, do it, and again."""
+    def run(self) -> Instruction:
+        """Ask what to do, do it, and again; returns the instruction that ends the job."""
         try:
-            while (instruction := self._federation.instruction()).kind != "stop":
+            while (instruction := self._federation.instruction()).kind not in ("stop", "next"):
                 if instruction.kind == "train":
                     self._current.number = instruction.round
                     self._train(instruction.round)
+                elif instruction.kind == "join":
+                    self._rejoin()
+            return instruction
         finally:
             if self._transport is not None:
                 self._transport.close()
+
+    def _rejoin(self) -> None:
+        """The coordinator was started anew and does not know us any more."""
+        assert self._spec.ready is not None
+        if self._spec.rank == 0 and self._address is not None:
+            self._federation.publish_address(self._address)
+        self._federation.ready(self._spec.ready)
+
+    def _join_pipeline(self) -> DistributedTransport | None:
+        """Meet the client's other devices; its first device hosts the rendezvous."""
+        spec = self._spec
+        if len(spec.placement) == 1:
+            return None
+        if spec.host in ("127.0.0.1", "::1", "localhost"):
+            loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+            if loopback is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        if spec.rank == 0:
+            rendezvous = host_rendezvous(spec.host, timeout_s=spec.timeout_s)
+            address = Address(host=spec.host, port=rendezvous.port, secret=os.urandom(16).hex())
+            self._federation.publish_address(address)
+            announced: contextlib.AbstractContextManager[None] = _announced(self._federation, address)
+        else:
+            announced = contextlib.nullcontext()
+            address = _find_address(spec, self._federation)
+            rendezvous = join_rendezvous(address.host, address.port, timeout_s=spec.timeout_s)
+        self._address = address
+        with announced:
+            return DistributedTransport(
+                rendezvous,
+                rank=spec.rank,
+                world_size=len(spec.placement),
+                prefix=f"fedmp/{spec.client}/{address.secret}",
+                device=spec.torch_device,
+                backend=spec.backend,
+                timeout_s=spec.timeout_s,
+                names=[_stages_text(own) for own in spec.placement],
+            )
 
     def _train(self, round: int) -> None:
         before = self._pull(round)
@@ -164,6 +237,7 @@ class _Device:
             timeline=tuple(
                 (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s) for a in self._timeline
             ),
+            generation=self._address.generation if self._address else "",
         )
         self._timeline = []
         try:
@@ -222,31 +296,22 @@ class _Device:
         return watch
 
 
-def _join_pipeline(spec: DeviceSpec, federation: Federation) -> DistributedTransport | None:
-    """Meet the client's other devices; its first device hosts the rendezvous."""
-    if len(spec.placement) == 1:
-        return None
-    if spec.host in ("127.0.0.1", "::1", "localhost"):
-        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-        if loopback is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    if spec.rank == 0:
-        rendezvous = host_rendezvous(spec.host, timeout_s=spec.timeout_s)
-        address = Address(host=spec.host, port=rendezvous.port, secret=os.urandom(16).hex())
-        federation.publish_address(address)
-    else:
-        address = _find_address(spec, federation)
-        rendezvous = join_rendezvous(address.host, address.port, timeout_s=spec.timeout_s)
-    return DistributedTransport(
-        rendezvous,
-        rank=spec.rank,
-        world_size=len(spec.placement),
-        prefix=f"fedmp/{spec.client}/{address.secret}",
-        device=spec.torch_device,
-        backend=spec.backend,
-        timeout_s=spec.timeout_s,
-        names=[_stages_text(own) for own in spec.placement],
-    )
+@contextlib.contextmanager
+def _announced(federation: Federation, address: Address) -> Iterator[None]:
+    """Say it again now and then: a coordinator that is started anew has forgotten it, and the others wait."""
+    is_done = threading.Event()
+
+    def announce() -> None:
+        while not is_done.wait(_ANNOUNCE_S):
+            with contextlib.suppress(FederationError):
+                federation.publish_address(address)
+
+    thread = threading.Thread(target=announce, name="fedmp-announce", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
 
 
 def _find_address(spec: DeviceSpec, federation: Federation) -> Address:
@@ -262,16 +327,13 @@ def _find_address(spec: DeviceSpec, federation: Federation) -> Address:
     )
 
 
-def _give_up(federation: HttpFederation, spec: DeviceSpec, round: int, kind: str, message: str) -> int:
+def _give_up(federation: Federation, spec: DeviceSpec, round: int, kind: str, message: str) -> None:
     if kind != "TrainingError":
         message = (
             f"device {spec.device} of {spec.client} ({_stages_text(spec.placement[spec.rank])}): {message}"
         )
-    try:
+    with contextlib.suppress(FederationError):
         federation.fail(FailureReport(kind=kind, message=message, round=round))
-    except FederationError:
-        print(f"fedmp device: {message}", flush=True)
-    return 1
 
 
 def _stages_text(stages: Sequence[int]) -> str:

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
+import itertools
+import logging
+import ssl
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 import urllib3
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import load, save
 
 from fedmp.errors import FederationError, RefusedError
-from fedmp.records import Address, DeviceReport, FailureReport, Instruction, ProgressReport
+from fedmp.records import (
+    Address,
+    DeviceReport,
+    FailureReport,
+    Instruction,
+    JobOffer,
+    Joined,
+    ProgressReport,
+    Ready,
+)
 
 __all__ = ["Federation", "HttpFederation"]
+
+_CONNECT_S = 10.0
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+_PIECE_BYTES = 1 << 20
+_PARTIAL = 206
+# too slow, broken, not open yet, a full disk, a proxy that lost its server: what a restart or a moment may mend
+_WORTH_ANOTHER_TRY = (408, 500, 502, 503, 504, 507)
+_DAMAGED = ("tampered", "broken-off")
+
+_log = logging.getLogger("fedmp.device")
 
 
 class Federation(Protocol):
     """What a device asks of the coordinator, over whatever carrier."""
+
+    def job(self) -> JobOffer:
+        """The job that the coordinator offers; waits for one."""
+        ...
+
+    def ready(self, message: Ready) -> Joined:
+        """Say that this device can begin."""
+        ...
 
     def instruction(self) -> Instruction:
         """What to do next; may take a while to answer."""
@@ -49,41 +84,83 @@ class Federation(Protocol):
 
 
 class HttpFederation:
-    """Dials the coordinator's HTTP service; retries while it is away.
+    """Dials the coordinator's HTTP service; carries on by itself while it is away.
 
     Args:
         url: of the coordinator.
         token: this device's credential.
-        timeout_s: of one request.
-        retries: attempts to connect, with growing pauses, before giving up.
+        context: for TLS; None trusts the authorities that the system trusts.
+        timeout_s: without a byte, after which an attempt is given up.
+        patience_s: without an answer, after which the coordinator is given up.
     """
 
-    def __init__(self, url: str, token: str, *, timeout_s: float = 60.0, retries: int = 8) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        context: ssl.SSLContext | None = None,
+        timeout_s: float = 60.0,
+        patience_s: float = 30.0,
+    ) -> None:
         self._url = url.rstrip("/")
+        self._patience_s = patience_s
         self._pool = urllib3.PoolManager(
             headers={"authorization": f"Bearer {token}"},
-            timeout=urllib3.Timeout(connect=timeout_s, read=timeout_s),
-            # every request is idempotent: a push that is already in the journal is acknowledged again
-            retries=urllib3.Retry(total=retries, backoff_factor=0.1, allowed_methods=None, redirect=0),
+            timeout=urllib3.Timeout(connect=min(timeout_s, _CONNECT_S), read=timeout_s),
+            retries=False,
+            ssl_context=context,
         )
+
+    def job(self) -> JobOffer:
+        """The job that the coordinator offers; it may not have one yet."""
+        return JobOffer.model_validate_json(self._ask("GET", "/v1/job").data)
+
+    def ready(self, message: Ready) -> Joined:
+        """Say that this device can begin."""
+        return Joined.model_validate_json(self._send("PUT", "/v1/ready", message))
 
     def instruction(self) -> Instruction:
         """What to do next; the coordinator answers at once or within its long-poll time."""
         return Instruction.model_validate_json(self._ask("GET", "/v1/instruction").data)
 
     def pull(self, round: int) -> dict[str, torch.Tensor]:
-        """The round's global stage."""
-        return load(self._ask("GET", f"/v1/rounds/{round}/stage").data)
+        """The round's global stages; a transfer that breaks off is taken up again where it did."""
+        path = f"/v1/rounds/{round}/stage"
+        received = _Received()
+        progress_s = time.monotonic()
+        while not received.is_whole:
+            before = received.num_bytes
+            response = self._ask("GET", path, headers=received.headers(), preload_content=False)
+            try:
+                received.take(response)
+            except urllib3.exceptions.HTTPError as error:
+                if received.num_bytes > before:
+                    progress_s = time.monotonic()
+                elif time.monotonic() - progress_s > self._patience_s:
+                    raise self._silence(error) from error
+                _log.info("a transfer broke off after %d bytes: %s", received.num_bytes, error)
+                time.sleep(_FIRST_PAUSE_S)
+            finally:
+                response.close()
+        return load(received.body())
 
     def push(self, round: int, update: Mapping[str, torch.Tensor], report: DeviceReport) -> None:
-        """Hand in the round's update, with its report in the file's metadata."""
+        """Hand in the round's update, with its report in the file's metadata.
+
+        Sent again until it is acknowledged; the coordinator knows what it has already.
+        """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in update.items()}
         body = save(tensors, metadata={"report": report.model_dump_json()})
-        self._ask("PUT", f"/v1/rounds/{round}/update", body=body)
+        digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
+        self._ask(
+            "PUT", f"/v1/rounds/{round}/update", body=body, headers={"content-digest": f"sha-256=:{digest}:"}
+        )
 
     def progress(self, report: ProgressReport) -> None:
-        """Say how far this client is."""
-        self._send("POST", "/v1/progress", report)
+        """Say how far this client is; not worth a second attempt."""
+        with contextlib.suppress(FederationError):
+            self._send("POST", "/v1/progress", report, patience_s=0.0)
 
     def fail(self, report: FailureReport) -> None:
         """Say that this device cannot go on."""
@@ -98,18 +175,105 @@ class HttpFederation:
         data = self._ask("GET", "/v1/address").data
         return None if data == b"null" else Address.model_validate_json(data)
 
-    def _send(self, method: str, path: str, message: BaseModel) -> None:
-        headers = {**self._pool.headers, "content-type": "application/json"}
-        self._ask(method, path, body=message.model_dump_json().encode(), headers=headers)
+    def _send(self, method: str, path: str, message: BaseModel, **options: Any) -> bytes:
+        headers = {"content-type": "application/json"}
+        body = message.model_dump_json().encode()
+        return self._ask(method, path, body=body, headers=headers, **options).data
 
-    def _ask(self, method: str, path: str, **options: Any) -> urllib3.BaseHTTPResponse:
-        try:
-            response = self._pool.request(method, self._url + path, **options)
-        except urllib3.exceptions.HTTPError as error:
-            raise FederationError(f"the coordinator at {self._url} does not answer: {error}") from error
-        if response.status >= 400:
-            raise RefusedError(
-                f"the coordinator refused {method} {path}: {response.data.decode(errors='replace')[:500]}",
-                status=response.status,
-            )
-        return response
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        patience_s: float | None = None,
+        **options: Any,
+    ) -> urllib3.BaseHTTPResponse:
+        """Ask until there is an answer: every request is idempotent.
+
+        Raises:
+            RefusedError: the answer is no.
+            FederationError: there was none for `patience_s`, or it did not come from the coordinator.
+        """
+        deadline_s = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
+        headers = {**self._pool.headers, **(headers or {})}
+        for attempt in itertools.count():
+            trouble: Exception
+            try:
+                response = self._pool.request(
+                    method, self._url + path, headers=headers, redirect=False, **options
+                )
+                if response.status < 300:
+                    return response
+                trouble = refusal = _refusal(method, path, response)
+                if response.status not in _WORTH_ANOTHER_TRY and refusal.reason not in _DAMAGED:
+                    raise trouble
+            except urllib3.exceptions.SSLError as error:
+                raise FederationError(
+                    f"no secure connection to the coordinator at {self._url}: {error}; the credentials hold the "
+                    f"authority (ca) that this device trusts"
+                ) from error
+            except urllib3.exceptions.HTTPError as error:
+                trouble = error
+            if time.monotonic() >= deadline_s:
+                if isinstance(trouble, RefusedError):
+                    raise trouble
+                raise self._silence(trouble) from trouble
+            time.sleep(min(_FIRST_PAUSE_S * 2 ** min(attempt, 10), _LONGEST_PAUSE_S))
+        raise AssertionError
+
+    def _silence(self, error: Exception) -> FederationError:
+        return FederationError(f"the coordinator at {self._url} does not answer: {error}")
+
+
+class _Received:
+    """A body as far as it has come."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._total: int | None = None
+        self._tag = ""
+        self.num_bytes = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is there."""
+        return self._total is not None and self.num_bytes == self._total
+
+    def headers(self) -> dict[str, str]:
+        """Ask for the rest, or for all of it if it has changed."""
+        return {"range": f"bytes={self.num_bytes}-", "if-range": self._tag} if self.num_bytes else {}
+
+    def take(self, response: urllib3.BaseHTTPResponse) -> None:
+        """Read on."""
+        if response.status != _PARTIAL:
+            self._parts, self.num_bytes = [], 0
+        self._tag = response.headers.get("etag", "")
+        self._total = self.num_bytes + int(response.headers["content-length"])
+        while part := response.read1(_PIECE_BYTES):
+            self._parts.append(part)
+            self.num_bytes += len(part)
+
+    def body(self) -> bytes:
+        """All of it; what was received is let go."""
+        whole = b"".join(self._parts)
+        self._parts = []
+        return whole
+
+
+def _refusal(method: str, path: str, response: urllib3.BaseHTTPResponse) -> RefusedError:
+    text = response.data.decode(errors="replace")[:2000]
+    try:
+        answer = _Refusal.model_validate_json(text)
+    except ValidationError:  # not the coordinator's own, but of a proxy before it
+        answer = _Refusal(detail=text[:300], reason="invalid")
+    return RefusedError(
+        f"the coordinator refused {method} {path}: {answer.detail}",
+        status=response.status,
+        reason=answer.reason,
+    )
+
+
+class _Refusal(BaseModel):
+    detail: str
+    reason: str

@@ -5,9 +5,11 @@ from __future__ import annotations
 from fedmp.coordinator.board import Board, Member
 from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
 from fedmp.coordinator.global_model import GlobalModel
+from fedmp.coordinator.guard import Limits
 from fedmp.coordinator.journal import Journal
 from fedmp.coordinator.rounds import RoundSettings, run_rounds
-from fedmp.coordinator.service import CoordinatorService, check_address
+from fedmp.coordinator.server import Tls, check_address
+from fedmp.coordinator.service import CoordinatorService
 
 __all__ = [
     "Board",
@@ -16,8 +18,10 @@ __all__ = [
     "CoordinatorService",
     "GlobalModel",
     "Journal",
+    "Limits",
     "Member",
     "RoundSettings",
+    "Tls",
     "check_address",
     "run_rounds",
 ]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fedmp.errors import (
     DataError,
@@ -17,12 +18,13 @@ from fedmp.errors import (
     FedmpError,
     FrameError,
     PipelineError,
+    RefusedError,
     RoundError,
     TrainingError,
 )
 from fedmp.records import Address, FailureReport, Instruction, ProgressReport
 
-__all__ = ["Board", "Member"]
+__all__ = ["Board", "BoardStatus", "Member"]
 
 # a device that lost a peer says so at once; what happened to the peer is known a moment later
 _CAUSE_S = 2.0
@@ -39,7 +41,7 @@ class Member:
     Attributes:
         client, device: names in the topology.
         rank: its number among the client's devices.
-        stages: of the client's plan, that it runs.
+        stages: of the client's plan, that it runs; none if the plan leaves it out.
         pulled: tensors that it pulls each round.
         pushed: tensors that it must push.
         stage_key: equal for devices that pull the same tensors.
@@ -56,35 +58,69 @@ class Member:
     max_update_bytes: int
 
 
+@dataclass(frozen=True)
+class BoardStatus:
+    """How things stand.
+
+    Attributes:
+        kind: what the devices are told to do: "train", "wait" or "stop".
+        round: the newest round that was opened; 0 before the first.
+        cohort: its clients.
+        num_reported: those of which every device has reported.
+        silent_s: seconds since each device was last heard, by client and device; none that never was.
+        bytes_up, bytes_down: bodies of accepted updates, and of stages handed out.
+    """
+
+    kind: str
+    round: int
+    cohort: tuple[str, ...]
+    num_reported: int
+    silent_s: Mapping[tuple[str, str], float]
+    bytes_up: int
+    bytes_down: int
+
+
 class Board:
     """What is going on.
 
     Args:
-        members: every device by its credential.
+        members: every device, by its credential or whatever else tells them apart.
+        joins: whether devices must say that they are ready before they are told to train.
     """
 
-    def __init__(self, members: Mapping[str, Member]) -> None:
+    def __init__(self, members: Mapping[str, Member], *, joins: bool = False) -> None:
         self.members = dict(members)
+        self._joins = joins
+        self._ready: dict[Member, int | None] = {}
+        self._told: set[Member] = set()
         self._changed = threading.Condition()
         self._instruction = Instruction(kind="wait", reason="the first round has not begun")
         self._cohort: tuple[str, ...] = ()
-        self._reported: set[tuple[str, int]] = set()
+        self._reported: dict[tuple[str, int], str] = {}
         self._addresses: dict[str, Address] = {}
         self._failure: FailureReport | None = None
         self._failed_s = 0.0
         self._listeners: list[Callable[[], None]] = []
         self._progress: dict[str, ProgressReport] = {}
-        self._last_heard_s: dict[str, float] = {}
+        self._last_heard_s: dict[tuple[str, str], float] = {}
         self.bytes_up = 0
         self.bytes_down = 0
 
     # called by the round loop
 
-    def open_round(self, round: int, cohort: Sequence[str], reported: Sequence[tuple[str, int]] = ()) -> None:
-        """Let the cohort begin; updates of `reported` ranks are in the journal already."""
+    def open_round(
+        self, round: int, cohort: Sequence[str], reported: Mapping[tuple[str, int], str] | None = None
+    ) -> None:
+        """Let the cohort begin.
+
+        Args:
+            round: its number.
+            cohort: its clients.
+            reported: updates that are in the journal already: their generation by client and rank.
+        """
         with self._changed:
             self._cohort = tuple(cohort)
-            self._reported = set(reported)
+            self._reported = dict(reported or {})
             self._progress = {}
             self._instruction = Instruction(kind="train", round=round)
             self._notify()
@@ -95,11 +131,21 @@ class Board:
             self._instruction = Instruction(kind="wait", round=self._instruction.round, reason="aggregating")
             self._notify()
 
-    def stop(self, reason: str) -> None:
-        """Send every device home."""
+    def stop(self, reason: str, *, is_last: bool = True) -> None:
+        """Send every device home, or on to the next job."""
         with self._changed:
-            self._instruction = Instruction(kind="stop", round=self._instruction.round, reason=reason)
+            kind: Literal["stop", "next"] = "stop" if is_last else "next"
+            self._instruction = Instruction(kind=kind, round=self._instruction.round, reason=reason)
             self._notify()
+
+    def wait_until_told(self, *, timeout_s: float) -> bool:
+        """Wait until every device that a plan needs has asked, and been sent home.
+
+        Also those that were not heard yet: after a restart they may still be about to come back.
+        """
+        needed = {member for member in self.members.values() if member.stages}
+        with self._changed:
+            return self._changed.wait_for(lambda: needed <= self._told, timeout_s)
 
     def wait_for_cohort(self, *, timeout_s: float) -> bool:
         """Wait until every device of the cohort has reported, or something fails.
@@ -133,7 +179,7 @@ class Board:
 
     def pushed_by(self, client: str) -> list[tuple[str, ...]]:
         """The tensors that each device of a client pushes, in order of rank."""
-        members = [member for member in self.members.values() if member.client == client]
+        members = [member for member in self.members.values() if member.client == client and member.stages]
         return [member.pushed for member in sorted(members, key=lambda member: member.rank)]
 
     def progress(self) -> dict[str, ProgressReport]:
@@ -144,20 +190,72 @@ class Board:
     def silent_s(self, client: str) -> float | None:
         """Seconds since any device of a client was last heard; None if never."""
         with self._changed:
-            heard = self._last_heard_s.get(client)
-            return None if heard is None else time.monotonic() - heard
+            heard = [at_s for (name, _), at_s in self._last_heard_s.items() if name == client]
+            return time.monotonic() - max(heard) if heard else None
+
+    def status(self) -> BoardStatus:
+        """How things stand."""
+        with self._changed:
+            now_s = time.monotonic()
+            absent = {client for client, _ in self._missing()}
+            return BoardStatus(
+                kind=self._instruction.kind,
+                round=self._instruction.round,
+                cohort=self._cohort,
+                num_reported=len(set(self._cohort) - absent),
+                silent_s={device: now_s - at_s for device, at_s in self._last_heard_s.items()},
+                bytes_up=self.bytes_up,
+                bytes_down=self.bytes_down,
+            )
 
     # called by the service
+
+    def join(self, member: Member, num_samples: int | None) -> int | None:
+        """A device can begin.
+
+        Args:
+            member: the device.
+            num_samples: of its client; None if it holds no data.
+
+        Returns:
+            Samples of the client; None while no device has told.
+
+        Raises:
+            RefusedError: another device of the client holds another number of samples.
+        """
+        with self._changed:
+            for other, held in self._ready.items():
+                if other.client == member.client and None not in (held, num_samples) and held != num_samples:
+                    raise RefusedError(
+                        f"{member.client}/{member.device} holds {num_samples} samples, but {other.client}/"
+                        f"{other.device} holds {held}; give both the same data and split",
+                        status=409,
+                        reason="disagreement",
+                    )
+            self._ready[member] = num_samples
+            self._notify()
+            return self._samples_of(member.client)
+
+    def samples_of(self, client: str) -> int | None:
+        """Samples of a client; None while none of its devices has told."""
+        with self._changed:
+            return self._samples_of(client)
 
     def instruction_for(self, member: Member) -> Instruction:
         """What a device should do now."""
         with self._changed:
-            if self._instruction.kind != "train":
+            kind, round = self._instruction.kind, self._instruction.round
+            if kind in ("stop", "next"):
+                self._told.add(member)
+                self._changed.notify_all()
                 return self._instruction
-            round = self._instruction.round
-            if member.client not in self._cohort:
+            if self._joins and member not in self._ready:
+                return Instruction(kind="join", round=round, reason="say what you hold")
+            if not member.stages:
+                return Instruction(kind="wait", round=round, reason="the plan leaves this device out")
+            if kind == "train" and member.client not in self._cohort:
                 return Instruction(kind="wait", round=round, reason="not in this round's cohort")
-            if (member.client, member.rank) in self._reported:
+            if kind == "train" and (member.client, member.rank) in self._reported:
                 return Instruction(kind="wait", round=round, reason="this round's update is in")
             return self._instruction
 
@@ -166,6 +264,16 @@ class Board:
         with self._changed:
             return self._instruction.kind == "train" and member.client in self._cohort
 
+    def window(self, round: int) -> Literal["open", "over", "not yet", "never"]:
+        """Whether a round takes requests: it is open, or over, or may open soon, or is nobody's business now."""
+        with self._changed:
+            kind, current = self._instruction.kind, self._instruction.round
+            if kind in ("stop", "next") or round < current or round < 1:
+                return "over"
+            if kind == "train":
+                return "open" if round == current else "never"
+            return "over" if round == current else "not yet"
+
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener`, which must not block, whenever something changes."""
         self._listeners.append(listener)
@@ -173,14 +281,29 @@ class Board:
     def heard(self, member: Member) -> None:
         """A device of this client is alive."""
         with self._changed:
-            self._last_heard_s[member.client] = time.monotonic()
+            self._last_heard_s[member.client, member.device] = time.monotonic()
 
-    def reported(self, member: Member, num_bytes: int) -> None:
-        """A device's update is in the journal."""
+    def reported(self, member: Member, round: int, num_bytes: int, generation: str = "") -> bool:
+        """A device's update of a round is in the journal.
+
+        Args:
+            member, round: whose and of which round.
+            num_bytes: its length.
+            generation: of the client's pipeline that made it.
+
+        Returns:
+            Whether it counts; the round may have closed in the meantime, or the pipeline come up anew.
+        """
         with self._changed:
-            self._reported.add((member.client, member.rank))
+            if self._instruction.kind != "train" or self._instruction.round != round:
+                return False
+            address = self._addresses.get(member.client)
+            if address is not None and generation != address.generation:
+                return False
+            self._reported[member.client, member.rank] = generation
             self.bytes_up += num_bytes
             self._notify()
+            return True
 
     def sent(self, num_bytes: int) -> None:
         """A global stage went out."""
@@ -202,11 +325,26 @@ class Board:
                 self._failure = report
             self._notify()
 
-    def publish_address(self, member: Member, address: Address) -> None:
-        """The client's first device can be reached here."""
+    def publish_address(self, member: Member, address: Address) -> list[int]:
+        """The client's first device can be reached here.
+
+        Returns:
+            Ranks of the client whose updates of the open round are void: an earlier generation made
+            them, and it did not get to make all of them.
+        """
         with self._changed:
             self._addresses[member.client] = address
+            void: list[int] = []
+            if member.client in {client for client, _ in self._missing()}:
+                void = [
+                    rank
+                    for (client, rank), generation in self._reported.items()
+                    if client == member.client and generation != address.generation
+                ]
+            for rank in void:
+                del self._reported[member.client, rank]
             self._notify()
+            return void
 
     def address_of(self, client: str) -> Address | None:
         """Where a client's first device listens; None if it has not said so."""
@@ -224,8 +362,14 @@ class Board:
 
     def _missing(self) -> set[tuple[str, int]]:
         return {
-            (member.client, member.rank) for member in self.members.values() if member.client in self._cohort
-        } - self._reported
+            (member.client, member.rank)
+            for member in self.members.values()
+            if member.client in self._cohort and member.stages
+        } - self._reported.keys()
+
+    def _samples_of(self, client: str) -> int | None:
+        told = [held for member, held in self._ready.items() if member.client == client and held is not None]
+        return told[0] if told else None
 
 
 def _is_consequence(report: FailureReport) -> bool:

@@ -51,17 +51,19 @@ class GlobalModel:
     def apply(self, update: Mapping[str, torch.Tensor]) -> None:
         """Make one server step with an aggregated update, which may lack tensors (buffers kept local)."""
         if self._optimizer is None:
-            changed = apply_update({name: self.state[name] for name in update}, update)
-            for name, tensor in changed.items():
-                self.state[name].copy_(tensor)
+            for name, change in update.items():  # one at a time: a second whole model would not be small
+                self._move(name, change)
             return
         for name, change in update.items():
             if name in self._parameters:
                 self._parameters[name].grad = -change
             else:
-                self.state[name].copy_(apply_update({name: self.state[name]}, {name: change})[name])
+                self._move(name, change)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _move(self, name: str, change: torch.Tensor) -> None:
+        self.state[name].copy_(apply_update({name: self.state[name]}, {name: change})[name])
 
     @property
     def optimizer_name(self) -> str:

@@ -6,6 +6,7 @@ The files are mapped, not read, so aggregation needs memory for about one tensor
 
 from __future__ import annotations
 
+import filecmp
 import math
 import os
 import shutil
@@ -25,6 +26,7 @@ from fedmp.records import DeviceReport
 __all__ = ["ClientUpdate", "Journal"]
 
 _MAX_EXAMPLES = 2**53
+_PIECE = 1 << 16
 
 
 class Journal:
@@ -62,22 +64,33 @@ class Journal:
         self._round = 0
         shutil.rmtree(folder, ignore_errors=True)
 
-    def whole_clients(self, pushed: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
-        """Clients whose every device's update is in the journal; those of others are thrown away.
+    def found(self, pushed: Mapping[str, Sequence[Sequence[str]]]) -> dict[tuple[str, int], str]:
+        """Updates of the open round that an earlier process of the coordinator left.
 
-        What lies there was written by an earlier process, perhaps for another plan, so it is checked anew.
+        A client of which one is unsound, or does not fit its plan, loses them all.
 
         Args:
             pushed: the tensors that each device of each client must have pushed, in order of rank.
+
+        Returns:
+            The generation that made each, by client and rank.
         """
-        whole = []
+        generations = {}
         for client, names in pushed.items():
-            if all(self._is_sound(client, rank, wanted) for rank, wanted in enumerate(names)):
-                whole.append(client)
-            else:
+            try:
+                for path in self._round_folder().glob(f"{client}.*.safetensors"):
+                    rank = int(path.name.split(".")[-2])
+                    wanted = names[rank] if rank < len(names) else ()
+                    generations[client, rank] = self._read(path, wanted).generation
+            except (RefusedError, OSError):  # of another plan, perhaps
                 for path in self._round_folder().glob(f"{client}.*.safetensors"):
                     path.unlink()
-        return whole
+                generations = {key: value for key, value in generations.items() if key[0] != client}
+        return generations
+
+    def discard(self, client: str, rank: int) -> None:
+        """Delete an update: it was made by a pipeline that is no more."""
+        self._path(client, rank).unlink(missing_ok=True)
 
     def global_stage(self, names: Sequence[str], state: Mapping[str, torch.Tensor], key: str) -> Path:
         """The file of a global stage, written when first asked for.
@@ -96,37 +109,46 @@ class Journal:
         """Where to stream an upload before it is checked; another place each time."""
         return self._round_folder() / f".{client}.{rank}.{uuid.uuid4().hex}.part"
 
-    def accept(self, part: Path, client: str, rank: int, names: Sequence[str]) -> DeviceReport:
+    def accept(
+        self, part: Path, client: str, rank: int, names: Sequence[str], *, generation: str = ""
+    ) -> DeviceReport:
         """Check a streamed upload and take it into the journal.
 
         Args:
             part: the streamed file.
             client, rank: whose it is.
             names: the tensors that it must hold, no more and no less.
+            generation: of the client's pipeline; an update of another one is refused. Empty takes any.
 
         Raises:
             RefusedError: it is not a safetensors file, or holds anything but finite tensors of the
                 right names, shapes and dtypes, or no valid report.
         """
         report = self._read(part, names)
+        if generation and report.generation != generation:
+            raise RefusedError(
+                f"this update was made by generation {report.generation or 'none'!r} of {client}'s pipeline, "
+                f"which is over; generation {generation!r} is up",
+                status=409,
+                reason="wrong-generation",
+            )
+        _flush(part)  # an acknowledged update must survive a loss of power, too
         os.replace(part, self._path(client, rank))
+        _flush(self._round_folder())
         return report
 
     def has(self, client: str, rank: int) -> bool:
         """Whether this device's update is in the journal."""
         return self._path(client, rank).exists()
 
+    def holds_same(self, part: Path, client: str, rank: int) -> bool:
+        """Whether a streamed upload is the very update that is in the journal."""
+        return filecmp.cmp(part, self._path(client, rank), shallow=False)
+
     def update_of(self, client: str, num_devices: int) -> ClientUpdate | None:
         """A client's whole update; None while a device's is missing."""
         paths = [self._path(client, rank) for rank in range(num_devices)]
         return ClientUpdate(paths) if all(path.exists() for path in paths) else None
-
-    def _is_sound(self, client: str, rank: int, names: Sequence[str]) -> bool:
-        try:
-            self._read(self._path(client, rank), names)
-        except (RefusedError, OSError):
-            return False
-        return True
 
     def _read(self, path: Path, names: Sequence[str]) -> DeviceReport:
         """Check a file from the first byte to the last; returns its report."""
@@ -135,10 +157,14 @@ class Journal:
                 self._check(body, names)
                 report = DeviceReport.model_validate_json((body.metadata() or {}).get("report", ""))
         except SafetensorError as error:
-            raise RefusedError(f"the body is not a safetensors file: {error}", status=422) from error
+            raise RefusedError(
+                f"the body is not a safetensors file: {error}", status=422, reason="malformed"
+            ) from error
         except ValidationError as error:
             raise RefusedError(
-                f"the update's report is not valid: {error.errors()[0]['msg']}", status=422
+                f"the update's report is not valid: {error.errors()[0]['msg']}",
+                status=422,
+                reason="malformed",
             ) from error
         _check_report(report)
         return report
@@ -150,6 +176,7 @@ class Journal:
             raise RefusedError(
                 f"an update of this device's stages has {len(names)} tensors; missing {missing}, unknown {unknown}",
                 status=422,
+                reason="wrong-tensors",
             )
         for name in names:
             tensor, spec = body.get_tensor(name), self._specs[name]
@@ -157,9 +184,10 @@ class Journal:
                 raise RefusedError(
                     f"{name} must be {spec.dtype} {spec.shape}, not {tensor.dtype} {tuple(tensor.shape)}",
                     status=422,
+                    reason="wrong-shape-or-dtype",
                 )
-            if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
-                raise RefusedError(f"{name} holds NaN or infinity", status=422)
+            if tensor.dtype.is_floating_point and not _is_finite(tensor):
+                raise RefusedError(f"{name} holds NaN or infinity", status=422, reason="not-finite")
 
     def _round_folder(self) -> Path:
         return self._folder / f"round-{self._round:05d}"
@@ -195,11 +223,18 @@ class ClientUpdate(Mapping[str, torch.Tensor]):
         return len(self._home)
 
 
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """A piece at a time: stays within the cache, and needs no memory of the tensor's size."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_PIECE))
+
+
 def _check_report(report: DeviceReport) -> None:
     """Refuse what would spoil the round's weights or sums."""
     if not 0 < report.num_examples <= _MAX_EXAMPLES:
         raise RefusedError(
-            f"the update's report says {report.num_examples} examples; there must be at least 1", status=422
+            f"the update's report says {report.num_examples} examples; there must be at least 1",
+            status=422,
+            reason="malformed",
         )
     sums = (
         *(report.loss_sum, report.weight, report.num_correct, report.train_s),
@@ -207,7 +242,15 @@ def _check_report(report: DeviceReport) -> None:
         *(time_s for row in report.timeline for time_s in row[4:]),
     )
     if not all(map(math.isfinite, sums)):
-        raise RefusedError("the update's report holds NaN or infinity", status=422)
+        raise RefusedError("the update's report holds NaN or infinity", status=422, reason="not-finite")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -26,8 +26,8 @@ class RoundSettings:
 
     Attributes:
         num_devices: devices in each client's plan, by client, in client order.
-        round_samples: samples that each client processes in one round.
-        predicted_s: seconds that each client's round takes by its plan and links.
+        round_samples: samples that each client processes in one round; 0 while that is not known.
+        predicted_s: seconds that each client's round takes by its plan and links; 0 alike.
         first_round, last_round: rounds to run, both included.
         seed: the job's.
         round_timeout_s: a round that takes longer fails.
@@ -53,7 +53,7 @@ def run_rounds(
     board: Board,
     journal: Journal,
     checkpoints: CheckpointStore,
-    evaluate: Callable[[], tuple[float, float | None]],
+    evaluate: Callable[[], tuple[float | None, float | None]],
     watch: Callable[[], None],
     observe: Observer,
     on_reports: Callable[[int, Mapping[str, Sequence[DeviceReport]]], None],
@@ -84,8 +84,7 @@ def run_rounds(
         bytes_before = (board.bytes_up, board.bytes_down)
         cohort = strategy.cohort(list(settings.num_devices), round=round, seed=settings.seed)
         journal.open(round)
-        resumed = journal.whole_clients({client: board.pushed_by(client) for client in cohort})
-        board.open_round(round, cohort, [(c, r) for c in resumed for r in range(settings.num_devices[c])])
+        board.open_round(round, cohort, journal.found({client: board.pushed_by(client) for client in cohort}))
         observe(RoundStarted(round, cohort, sum(settings.round_samples[client] for client in cohort)))
         _wait(board, cohort, settings.round_timeout_s, watch, observe)
         board.close_round()
@@ -112,7 +111,7 @@ def run_rounds(
 
 
 def make_record(
-    round: int, reports: Mapping[str, Sequence[DeviceReport]], evaluation: tuple[float, float | None]
+    round: int, reports: Mapping[str, Sequence[DeviceReport]], evaluation: tuple[float | None, float | None]
 ) -> RoundRecord:
     """A round's row from its device reports and the new global model's loss and accuracy."""
     every = [report for devices in reports.values() for report in devices]

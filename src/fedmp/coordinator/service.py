@@ -1,7 +1,8 @@
-"""The coordinator's HTTP service: devices dial in, pull their stage, push their update.
+"""The coordinator's HTTP service: devices dial in, pull their stages, push their update.
 
 Control messages are validated JSON, tensors are safetensors files, streamed from and to disk. A request
-is answered on the spot or, where a device asks what to do next, held back until there is news.
+is answered on the spot or, where a device asks what to do next, held back until there is news. What is
+refused is answered with a sentence and a word, logged, and counted.
 """
 
 from __future__ import annotations
@@ -10,32 +11,44 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import socket
+import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
 
 from fedmp.coordinator.board import Board, Member
+from fedmp.coordinator.border import read_message, stream_to_file
 from fedmp.coordinator.global_model import GlobalModel
+from fedmp.coordinator.guard import Limits
 from fedmp.coordinator.journal import Journal
-from fedmp.errors import ConfigError, RefusedError
-from fedmp.records import Address, FailureReport, Instruction, ProgressReport, Receipt
+from fedmp.coordinator.metrics import Metrics
+from fedmp.coordinator.server import HttpServer, Tls
+from fedmp.errors import RefusedError
+from fedmp.records import (
+    Address,
+    FailureReport,
+    Instruction,
+    JobOffer,
+    Joined,
+    ProgressReport,
+    Ready,
+    Receipt,
+)
 
-__all__ = ["CoordinatorService", "check_address"]
+__all__ = ["CoordinatorService"]
 
-_LONG_POLL_S = 10.0
-_MAX_MESSAGE_BYTES = 1 << 20
+_SOON_S = 1  # when to ask again for what is not ready yet
+_CHECKS_AT_ONCE = 2  # each holds a tensor in memory; more would not be faster either
 
-Message = TypeVar("Message", bound=BaseModel)
+_log = logging.getLogger("fedmp.coordinator")
 
 
 class CoordinatorService:
@@ -44,47 +57,64 @@ class CoordinatorService:
     Args:
         board, journal, model: shared with the round loop.
         host, port: where to listen; port 0 picks a free one.
+        identify: whose token it is; None takes the names of the board's members for tokens.
+        tls: the coordinator's certificate; None speaks plain HTTP.
+        limits: what a peer may take.
+        open_metrics: answer `/metrics` to everyone instead of to this machine alone.
+        offer: the job as a device is told it; None where devices know it already.
 
     Raises:
-        ConfigError: the address cannot be used.
+        ConfigError: the address or the certificate cannot be used.
     """
 
     def __init__(
-        self, board: Board, journal: Journal, model: GlobalModel, *, host: str = "127.0.0.1", port: int = 0
+        self,
+        board: Board,
+        journal: Journal,
+        model: GlobalModel,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        identify: Callable[[str], Member] | None = None,
+        tls: Tls | None = None,
+        limits: Limits | None = None,
+        open_metrics: bool = False,
+        offer: Callable[[Member], JobOffer] | None = None,
     ) -> None:
         self._board = board
         self._journal = journal
         self._model = model
-        self._digests = {_digest(token): member for token, member in board.members.items()}
+        self._identify = identify or _by_token(board)
+        self._limits = limits or Limits()
+        self._open_metrics = open_metrics
+        self._offer = offer
+        self.metrics = Metrics(board)
         self._waiting: set[asyncio.Event] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._writing = asyncio.Lock()
+        self._checking = asyncio.Semaphore(_CHECKS_AT_ONCE)
         self._taking: defaultdict[Member, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._socket = _listen(host, port)
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        self._ready = threading.Event()
+        self._is_closing = False
         self.app = self._make_app()
-        config = uvicorn.Config(
-            self.app, log_level="error", access_log=False, lifespan="on", timeout_graceful_shutdown=2
+        self._server = HttpServer(
+            _Counted(self.app, self.metrics),
+            host=host,
+            port=port,
+            tls=tls,
+            limits=self._limits,
+            on_cut=self._note_cut,
         )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._serve, name="fedmp-coordinator", daemon=True)
+        self.url = self._server.url
 
     def __enter__(self) -> CoordinatorService:
-        self._ready = threading.Event()
-        self._thread.start()
-        if not self._ready.wait(30):
-            self.__exit__()
-            raise ConfigError(f"the coordinator's service did not come up on {self.url}")
+        self._server.start(self._ready)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(timeout=10)
-        self._socket.close()
-
-    def _serve(self) -> None:
-        self._server.run(sockets=[self._socket])
+        self._is_closing = True
+        self._wake()  # whoever is held back asks again, elsewhere or later
+        self._server.stop()
 
     def _make_app(self) -> FastAPI:
         @contextlib.asynccontextmanager
@@ -94,33 +124,78 @@ class CoordinatorService:
             self._ready.set()
             yield
 
-        app = FastAPI(title="fedmp coordinator", lifespan=lifespan)
-        app.add_exception_handler(RefusedError, _refuse)
-        app.add_api_route("/health", self.health, methods=["GET"])
-        app.add_api_route("/v1/instruction", self.instruction, methods=["GET"])
-        app.add_api_route("/v1/rounds/{round}/stage", self.pull, methods=["GET"], response_model=None)
-        app.add_api_route("/v1/rounds/{round}/update", self.push, methods=["PUT"])
-        app.add_api_route("/v1/progress", self.progress, methods=["POST"], status_code=204)
-        app.add_api_route("/v1/failure", self.failure, methods=["POST"], status_code=204)
-        app.add_api_route("/v1/address", self.publish_address, methods=["PUT"], status_code=204)
-        app.add_api_route("/v1/address", self.address, methods=["GET"])
+        app = FastAPI(title="fedmp coordinator", lifespan=lifespan, docs_url=None, redoc_url=None)
+        for kind in (RefusedError, RequestValidationError, HTTPException):
+            app.add_exception_handler(kind, self._refuse)
+        add = app.add_api_route
+        add("/health", self.health, methods=["GET"])
+        add("/ready", self.readiness, methods=["GET"], response_model=None)
+        add("/metrics", self.prometheus, methods=["GET"], response_model=None)
+        if self._offer is not None:
+            add("/v1/job", self.job, methods=["GET"])
+            add("/v1/ready", self.ready, methods=["PUT"], openapi_extra=_JSON)
+        add("/v1/instruction", self.instruction, methods=["GET"])
+        add("/v1/rounds/{round}/stage", self.pull, methods=["GET"], response_model=None)
+        add("/v1/rounds/{round}/update", self.push, methods=["PUT"], openapi_extra=_TENSORS)
+        add("/v1/progress", self.progress, methods=["POST"], status_code=204, openapi_extra=_JSON)
+        add("/v1/failure", self.failure, methods=["POST"], status_code=204, openapi_extra=_JSON)
+        add("/v1/address", self.publish_address, methods=["PUT"], status_code=204, openapi_extra=_JSON)
+        add("/v1/address", self.address, methods=["GET"])
         return app
 
     async def health(self) -> dict[str, str]:
         """Whether the service answers at all."""
         return {"status": "ok"}
 
+    async def readiness(self) -> JSONResponse:
+        """Whether a round is open, and how it stands."""
+        status = self._board.status()
+        return JSONResponse(
+            {
+                "round": status.round,
+                "state": {"train": "open", "wait": "between rounds"}.get(status.kind, "over"),
+                "clients": len(status.cohort),
+                "reported": status.num_reported,
+            },
+            status_code=200 if status.kind == "train" else 503,
+        )
+
+    async def prometheus(self, request: Request) -> Response:
+        """Counts and state, for Prometheus."""
+        peer = request.client.host if request.client else ""
+        if not self._open_metrics and peer not in ("127.0.0.1", "::1"):
+            raise RefusedError("metrics are for this machine alone", status=403, reason="forbidden")
+        content, media_type = self.metrics.render()
+        return Response(content, headers={"content-type": media_type})
+
+    async def job(self, request: Request) -> JobOffer:
+        """The job, as the asking device needs to know it."""
+        member = self._member(request)
+        assert self._offer is not None
+        if self._board.status().kind in ("stop", "next"):
+            raise RefusedError("this job is over; the next has not come yet", status=503, reason="not-yet")
+        return self._offer(member)
+
+    async def ready(self, request: Request) -> Joined:
+        """Note that a device can begin, and what it holds."""
+        member = self._member(request)
+        message = await read_message(request, Ready, self._limits)
+        assert self._offer is not None
+        if message.job != self._offer(member).job:
+            raise RefusedError("that is not the job that is offered here", status=409, reason="wrong-job")
+        return Joined(num_samples=self._board.join(member, message.num_samples))
+
     async def instruction(self, request: Request) -> Instruction:
         """What the asking device should do now; held back while that is to wait."""
         member = self._member(request)
         loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + _LONG_POLL_S
+        deadline_s = loop.time() + self._limits.long_poll_s
         while True:
             news = asyncio.Event()
             self._waiting.add(news)
             try:
                 instruction = self._board.instruction_for(member)
-                if instruction.kind != "wait" or loop.time() >= deadline_s:
+                if instruction.kind != "wait" or loop.time() >= deadline_s or self._is_closing:
                     return instruction
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(news.wait(), deadline_s - loop.time())
@@ -128,9 +203,9 @@ class CoordinatorService:
                 self._waiting.discard(news)
 
     async def pull(self, request: Request, round: int) -> FileResponse:
-        """The round's global stages of the asking device."""
+        """The round's global stages of the asking device; takes up again where a `range` header says."""
         member = self._member(request)
-        self._check_round(round)
+        self._check_round(round, member)
         async with self._writing:
             path = await run_in_threadpool(
                 self._journal.global_stage, member.pulled, self._model.state, member.stage_key
@@ -141,42 +216,75 @@ class CoordinatorService:
     async def push(self, request: Request, round: int) -> Receipt:
         """Take the asking device's update into the journal."""
         member = self._member(request)
-        self._check_round(round)
-        if not self._board.takes_part(member):
-            raise RefusedError(f"client {member.client} is not in the cohort of round {round}", status=409)
+        self._check_round(round, member)
         part = self._journal.temporary(member.client, member.rank)
         try:
-            num_bytes = await _stream_to_file(request, part, member.max_update_bytes)
+            num_bytes = await stream_to_file(
+                request, part, max_bytes=member.max_update_bytes, limits=self._limits
+            )
             async with self._taking[member]:  # a retry may arrive beside the upload that it repeats
-                self._check_round(round)
-                if not self._journal.has(member.client, member.rank):
-                    await run_in_threadpool(
-                        self._journal.accept, part, member.client, member.rank, member.pushed
-                    )
-                    self._board.reported(member, num_bytes)
+                await self._take(part, member, round, num_bytes)
+        except OSError as error:
+            self._check_round(round, member)  # it may have closed, and its folder be gone
+            raise RefusedError(
+                f"the coordinator cannot write its journal: {error.strerror}", status=507, reason="disk"
+            ) from error
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
         return Receipt(round=round, num_bytes=num_bytes)
+
+    async def _take(self, part: Path, member: Member, round: int, num_bytes: int) -> None:
+        self._check_round(round, member)
+        if self._journal.has(member.client, member.rank):
+            if await run_in_threadpool(self._journal.holds_same, part, member.client, member.rank):
+                return
+            raise RefusedError(
+                f"another update of {member.client}/{member.device} for round {round} is in the journal already",
+                status=409,
+                reason="duplicate",
+            )
+        async with self._checking:
+            address = self._board.address_of(member.client)
+            report = await run_in_threadpool(
+                self._journal.accept,
+                part,
+                member.client,
+                member.rank,
+                member.pushed,
+                generation=address.generation if address else "",
+            )
+        if not self._board.reported(member, round, num_bytes, report.generation):
+            self._journal.discard(member.client, member.rank)
+            self._check_round(round, member)
+            raise RefusedError(
+                "the client's pipeline came up anew while this update was checked",
+                status=409,
+                reason="wrong-generation",
+            )
 
     # messages are read by hand, after the credential is known and never more than a message may have
 
     async def progress(self, request: Request) -> None:
         """Note how far a client is."""
         member = self._member(request)
-        self._board.progressed(member, await _read_message(request, ProgressReport))
+        self._board.progressed(member, await read_message(request, ProgressReport, self._limits))
 
     async def failure(self, request: Request) -> None:
         """Note that a device cannot go on."""
         self._member(request)
-        self._board.failed(await _read_message(request, FailureReport))
+        self._board.failed(await read_message(request, FailureReport, self._limits))
 
     async def publish_address(self, request: Request) -> None:
         """Note where a client's first device listens."""
         member = self._member(request)
-        address = await _read_message(request, Address)
+        address = await read_message(request, Address, self._limits)
         if member.rank != 0:
-            raise RefusedError("only a client's first device publishes an address", status=403)
-        self._board.publish_address(member, address)
+            raise RefusedError(
+                "only a client's first device publishes an address", status=403, reason="forbidden"
+            )
+        for rank in self._board.publish_address(member, address):
+            self._journal.discard(member.client, rank)
 
     async def address(self, request: Request) -> Address | None:
         """Where the asking device's first device listens; null if not known yet."""
@@ -184,17 +292,31 @@ class CoordinatorService:
 
     def _member(self, request: Request) -> Member:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        member = self._digests.get(_digest(token)) if scheme.lower() == "bearer" else None
-        if member is None:
-            raise RefusedError("unknown credential", status=401)
+        if scheme.lower() != "bearer":
+            raise RefusedError("unknown credential", status=401, reason="unknown-credential")
+        member = self._identify(token)
+        request.state.member = member
         self._board.heard(member)
         return member
 
-    def _check_round(self, round: int) -> None:
-        open_round = self._journal.round
-        if round != open_round or not open_round:
-            instead = f"round {open_round} is" if open_round else "none is"
-            raise RefusedError(f"round {round} is not open; {instead}", status=409)
+    def _check_round(self, round: int, member: Member) -> None:
+        """Refuse what is not for the open round, by a client of its cohort."""
+        window, status = self._board.window(round), self._board.status()
+        if window == "not yet":
+            raise RefusedError(f"round {round} is not open yet", status=503, reason="not-yet")
+        if window == "over":
+            opened = f"; round {status.round} is open" if status.kind == "train" else ""
+            raise RefusedError(f"round {round} is over{opened}", status=409, reason="wrong-round")
+        if window == "never":
+            raise RefusedError(
+                f"round {round} is not open; round {status.round} is", status=409, reason="wrong-round"
+            )
+        if member.client not in status.cohort:
+            raise RefusedError(
+                f"client {member.client} is not in the cohort of round {round}",
+                status=409,
+                reason="not-in-cohort",
+            )
 
     def _wake(self) -> None:
         def set_all() -> None:
@@ -204,70 +326,89 @@ class CoordinatorService:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(set_all)
 
+    async def _refuse(self, request: Request, error: Exception) -> JSONResponse:
+        status, reason, detail = _explain(error)
+        member: Member | None = getattr(request.state, "member", None)
+        route = getattr(request.scope.get("route"), "path", "")
+        self.metrics.refused(reason)
+        _log.warning(
+            "refused: %s",
+            detail,
+            extra={
+                "fields": {
+                    "event": "refused",
+                    "reason": reason,
+                    "status": status,
+                    "method": request.method,
+                    "route": route,
+                    "client": member.client if member else None,
+                    "device": member.device if member else None,
+                    "peer": request.client.host if request.client else None,
+                }
+            },
+        )
+        headers = {"retry-after": str(_SOON_S)} if status == 503 else {}
+        if status in (408, 413):
+            headers["connection"] = "close"  # such a body may never end
+        return JSONResponse({"detail": detail, "reason": reason}, status_code=status, headers=headers)
 
-async def _refuse(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RefusedError)
-    return JSONResponse({"detail": str(error)}, status_code=error.status)
-
-
-async def _stream_to_file(request: Request, path: Path, max_bytes: int) -> int:
-    """Stream a body to disk; refuses one that is longer than it may be, before or while it comes."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > max_bytes:
-        raise RefusedError(f"the body has {announced} bytes, at most {max_bytes} are allowed", status=413)
-    num_bytes = 0
-    try:
-        with path.open("wb") as file:
-            async for chunk in request.stream():
-                num_bytes += len(chunk)
-                if num_bytes > max_bytes:
-                    raise RefusedError(f"the body has more than {max_bytes} bytes", status=413)
-                file.write(chunk)
-    except ClientDisconnect:
-        raise RefusedError(f"the body broke off after {num_bytes} bytes", status=400) from None
-    return num_bytes
-
-
-async def _read_message(request: Request, kind: type[Message]) -> Message:
-    """A small JSON body as a validated message."""
-    body = b""
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _MAX_MESSAGE_BYTES:
-                raise RefusedError(f"a message has at most {_MAX_MESSAGE_BYTES} bytes", status=413)
-        return kind.model_validate_json(body)
-    except ClientDisconnect:
-        raise RefusedError("the message broke off", status=400) from None
-    except ValidationError as error:
-        raise RefusedError(f"not a valid {kind.__name__}: {error.errors()[0]['msg']}", status=422) from error
+    def _note_cut(self, reason: str, peer: str) -> None:
+        self.metrics.refused(reason)
+        _log.warning(
+            "connection cut: %s", reason, extra={"fields": {"event": "cut", "reason": reason, "peer": peer}}
+        )
 
 
-def check_address(host: str, port: int) -> None:
-    """Find out early whether a service could listen here.
+class _Counted:
+    """An ASGI app that counts the answers of another."""
 
-    Raises:
-        ConfigError: it could not.
-    """
-    _listen(host, port).close()
+    def __init__(self, app: FastAPI, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "other")
+                self._metrics.answered(route, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted)
+
+
+_TENSORS = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_JSON = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
+
+
+def _explain(error: Exception) -> tuple[int, str, str]:
+    """Status, reason and sentence of a refusal."""
+    if isinstance(error, RefusedError):
+        return error.status, error.reason, str(error)
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        return 422, "malformed", f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    assert isinstance(error, HTTPException)
+    return error.status_code, "no-such-thing", str(error.detail)
+
+
+def _by_token(board: Board) -> Callable[[str], Member]:
+    """The board's members by the hash of their credential."""
+    members = {_digest(token): member for token, member in board.members.items()}
+
+    def identify(token: str) -> Member:
+        member = members.get(_digest(token))
+        if member is None:
+            raise RefusedError("unknown credential", status=401, reason="unknown-credential")
+        return member
+
+    return identify
 
 
 def _digest(token: str) -> bytes:
     # looking up a keyed digest instead of the token itself takes the same time for near misses
     return hmac.digest(b"fedmp", token.encode(), hashlib.sha256)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(256)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"the coordinator cannot listen on {host}:{port}: {error.strerror}; choose another with "
-            f"engine.port=NUMBER, or engine.port=0 for a free one"
-        ) from error
-    return listener

@@ -12,8 +12,9 @@ from fedmp.data.dataset import Dataset, DataSource, TrainTest
 from fedmp.data.elec2 import Elec2
 from fedmp.data.hapt import HAPT
 from fedmp.data.images import CIFAR10, MNIST, FashionMNIST, FashionMNISTExcerpt
+from fedmp.data.no_data import NoData
 from fedmp.data.shakespeare import Shakespeare
-from fedmp.data.splits import IID, ByUser, Dirichlet, Shards, Split, describe
+from fedmp.data.splits import IID, ByUser, Dirichlet, Own, Shards, Split, describe
 
 __all__ = [
     "CIFAR10",
@@ -28,6 +29,8 @@ __all__ = [
     "Elec2",
     "FashionMNIST",
     "FashionMNISTExcerpt",
+    "NoData",
+    "Own",
     "Shakespeare",
     "Shards",
     "Split",

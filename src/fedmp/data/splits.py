@@ -16,7 +16,7 @@ from fedmp.data.dataset import Dataset
 from fedmp.errors import DataError
 from fedmp.records import ClientData
 
-__all__ = ["IID", "ByUser", "Dirichlet", "Shards", "Split", "describe"]
+__all__ = ["IID", "ByUser", "Dirichlet", "Own", "Shards", "Split", "describe"]
 
 _MAX_DRAWS = 1000
 
@@ -164,6 +164,17 @@ class ByUser(Component):
             np.argsort(owners, kind="stable"), np.searchsorted(np.sort(owners), np.arange(1, num_clients))
         )
         return _assignments(parts, f"ByUser with {len(users)} users")
+
+
+class Own(Component):
+    """The data are the client's own already, on its own machines: no split at all.
+
+    Each client has every row of what its devices load.
+    """
+
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+        """All rows for each client."""
+        return [torch.arange(len(dataset)) for _ in range(num_clients)]
 
 
 def describe(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -10,7 +9,6 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 
 from pydantic import Field
@@ -22,16 +20,13 @@ from fedmp.coordinator import (
     CoordinatorService,
     Journal,
     Member,
-    RoundSettings,
     check_address,
     run_rounds,
 )
-from fedmp.data import Dataset
-from fedmp.engine.prepare import ClientSetup, Prepared
-from fedmp.engine.session import Outcome, Session, evaluator
+from fedmp.engine.members import members_of
+from fedmp.engine.prepare import Prepared, part_of
+from fedmp.engine.session import Outcome, Session, Timelines, evaluator, round_settings
 from fedmp.errors import FederationError
-from fedmp.records import DeviceReport, TimedAction
-from fedmp.stages import StageBlueprint
 
 __all__ = ["LocalEngine"]
 
@@ -80,16 +75,10 @@ class LocalEngine(Component):
             FedmpError: a device failed, or the address is in use.
         """
         prepared = session.prepared
-        members = _members(prepared)
+        members = {secrets.token_urlsafe(32): member for member in members_of(prepared) if member.stages}
         board = Board(members)
         journal = Journal(session.journal_folder, prepared.graph.state)
-        timelines: dict[str, tuple[TimedAction, ...]] = {}
-
-        def keep_timelines(round: int, reports: Mapping[str, Sequence[DeviceReport]]) -> None:
-            for client, devices in reports.items():
-                actions = [TimedAction(*row) for report in devices for row in report.timeline]
-                if actions:
-                    timelines[client] = _from_zero(actions)
+        timelines = Timelines()
 
         with CoordinatorService(board, journal, session.model, host=self.host, port=self.port) as service:
             processes = _Processes()
@@ -98,7 +87,7 @@ class LocalEngine(Component):
                     processes.start(member, self._spec(service.url, token, member, prepared))
                 startup_s = time.monotonic() - session.started_s
                 records = run_rounds(
-                    self._settings(session),
+                    round_settings(session, self.round_timeout_s),
                     strategy=prepared.job.strategy,
                     aggregator=prepared.job.aggregator,
                     model=session.model,
@@ -108,29 +97,16 @@ class LocalEngine(Component):
                     evaluate=evaluator(session),
                     watch=processes.check,
                     observe=session.observe,
-                    on_reports=keep_timelines,
+                    on_reports=timelines.keep,
                 )
             finally:
                 board.stop("the job is over")
                 processes.join()
-        return Outcome(tuple(records), startup_s, timelines)
-
-    def _settings(self, session: Session) -> RoundSettings:
-        prepared = session.prepared
-        clients = prepared.clients
-        return RoundSettings(
-            num_devices={name: setup.plan.num_devices for name, setup in clients.items()},
-            round_samples={name: setup.round_samples for name, setup in clients.items()},
-            predicted_s={name: setup.predicted_s for name, setup in clients.items()},
-            first_round=session.first_round,
-            last_round=prepared.job.rounds,
-            seed=prepared.job.seed,
-            round_timeout_s=self.round_timeout_s,
-            fingerprint=prepared.graph.fingerprint,
-        )
+        return Outcome(tuple(records), startup_s, timelines.by_client)
 
     def _spec(self, url: str, token: str, member: Member, prepared: Prepared) -> DeviceSpec:
         setup = prepared.clients[member.client]
+        blueprints = tuple(setup.blueprints[stage] for stage in member.stages)
         return DeviceSpec(
             url=url,
             token=token,
@@ -138,9 +114,9 @@ class LocalEngine(Component):
             device=member.device,
             rank=member.rank,
             placement=setup.plan.placement,
-            blueprints=tuple(setup.blueprints[stage] for stage in member.stages),
-            dataset=_part_of(setup, member.stages),
-            num_samples=len(setup.dataset),
+            blueprints=blueprints,
+            dataset=part_of(setup.own_samples, blueprints),
+            num_samples=len(setup.own_samples),
             task=prepared.job.task,
             work=setup.work,
             options=prepared.job.pipeline.options(),
@@ -216,55 +192,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _members(prepared: Prepared) -> dict[str, Member]:
-    """Every device with a fresh credential."""
-    members = {}
-    with_buffers = not prepared.job.strategy.keep_statistics_local
-    for name, setup in prepared.clients.items():
-        for rank, (device, stages) in enumerate(zip(setup.plan.devices, setup.plan.placement, strict=True)):
-            blueprints = [setup.blueprints[stage] for stage in stages]
-            pulled = tuple(dict.fromkeys(key for blueprint in blueprints for key in blueprint.state))
-            members[secrets.token_urlsafe(32)] = Member(
-                client=name,
-                device=device,
-                rank=rank,
-                stages=stages,
-                pulled=pulled,
-                pushed=tuple(
-                    name
-                    for blueprint in blueprints
-                    for name in setup.pushed(blueprint, with_buffers=with_buffers)
-                ),
-                stage_key=hashlib.sha256("\n".join(pulled).encode()).hexdigest()[:16],
-                max_update_bytes=sum(_max_bytes(blueprint) for blueprint in blueprints) + (4 << 20),
-            )
-    return members
-
-
 def _describe(member: Member) -> str:
     noun = "stages" if len(member.stages) > 1 else "stage"
     return f"device {member.device} of {member.client} ({noun} {', '.join(map(str, member.stages))})"
-
-
-def _max_bytes(blueprint: StageBlueprint) -> int:
-    """The stage's tensors, and room for names and shapes."""
-    return sum(spec.num_bytes + 1024 for spec in blueprint.state.values())
-
-
-def _part_of(setup: ClientSetup, stages: Sequence[int]) -> Dataset | None:
-    """The part of the client's data that a device with these stages needs."""
-    blueprints = [setup.blueprints[stage] for stage in stages]
-    has_inputs, has_targets = blueprints[0].is_first, blueprints[-1].is_last
-    if has_inputs and has_targets:
-        return setup.dataset
-    if has_inputs:
-        return setup.dataset.without_targets()
-    return setup.dataset.without_inputs() if has_targets else None
-
-
-def _from_zero(timeline: Sequence[TimedAction]) -> tuple[TimedAction, ...]:
-    first_s = min((action.start_s for action in timeline), default=0.0)
-    return tuple(
-        TimedAction(a.device, a.stage, a.kind, a.microbatch, a.start_s - first_s, a.stop_s - first_s)
-        for a in timeline
-    )

@@ -26,7 +26,16 @@ from fedmp.stages import StageBlueprint, draw_blueprints
 from fedmp.topology import Client
 from fedmp.updates import trained_names
 
-__all__ = ["ClientSetup", "Prepared", "prepare"]
+__all__ = [
+    "ClientSetup",
+    "Prepared",
+    "build_model",
+    "local_work",
+    "part_of",
+    "prepare",
+    "prepare_without_clients_data",
+    "trace_model",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +46,16 @@ class ClientSetup:
         client: from the topology.
         plan, blueprints: how the model is cut over its devices.
         work: what it does in a round, by its plan's schedule.
-        dataset: its own training samples.
-        round_samples: samples that it processes in one round.
-        predicted_s: seconds of one round by its plan, its links and its samples.
+        dataset: its own training samples; None where they are elsewhere.
+        round_samples: samples that it processes in one round; 0 while that is not known.
+        predicted_s: seconds of one round by its plan, its links and its samples; 0 alike.
     """
 
     client: Client
     plan: Plan
     blueprints: Sequence[StageBlueprint]
     work: LocalWork
-    dataset: Dataset
+    dataset: Dataset | None
     round_samples: int
     predicted_s: float
 
@@ -55,11 +64,27 @@ class ClientSetup:
         """The client's name."""
         return self.client.name
 
+    @property
+    def own_samples(self) -> Dataset:
+        """Its training samples, which must be here."""
+        assert self.dataset is not None
+        return self.dataset
+
     def pushed(self, blueprint: StageBlueprint, *, with_buffers: bool) -> tuple[str, ...]:
         """The tensors that a stage's update holds."""
         owned = set(blueprint.owned)
         names = trained_names(blueprint.state.values(), with_buffers=with_buffers)
         return tuple(name for name in names if name in owned)
+
+    def with_samples(self, num_samples: int) -> ClientSetup:
+        """The same client, now that it is known how many samples it has."""
+        return replace(
+            self,
+            round_samples=self.work.num_examples(num_samples),
+            predicted_s=_predict_s(
+                self.client, self.plan, self.blueprints, self.work.num_batches(num_samples)
+            ),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +95,10 @@ class Prepared:
         job: the job.
         model: its model with the initial weights.
         graph: the traced model.
-        data: training and test samples.
+        data: training and test samples; where the clients' data are elsewhere, those of the coordinator.
         clients: by name, in the topology's order.
-        table: who holds what.
+        table: who holds what; empty where that is not known.
+        sample_shape, sample_dtype: of one model input.
     """
 
     job: Job
@@ -81,6 +107,8 @@ class Prepared:
     data: TrainTest
     clients: Mapping[str, ClientSetup]
     table: tuple[ClientData, ...]
+    sample_shape: tuple[int, ...]
+    sample_dtype: torch.dtype
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -104,13 +132,32 @@ def prepare(job: Job) -> Prepared:
     empty = [name for name, indices in zip(names, rows, strict=True) if len(indices) == 0]
     if empty:
         raise DataError(f"client {empty[0]} has no training samples; use another split or fewer clients")
-    model = _build(job)
-    example = data.train.input_batch(torch.arange(min(job.batch_size, len(data.train))))
-    with _quiet_torch():
-        graph = trace(model, (example,), leaves=job.leaves, cut_rules=job.cuts)
-    work = LocalWork(
+    prepared = _plan_clients(job, data)
+    clients = {
+        name: replace(setup.with_samples(len(indices)), dataset=data.train.select(indices))
+        for (name, setup), indices in zip(prepared.clients.items(), rows, strict=True)
+    }
+    return replace(prepared, clients=clients, table=describe(data.train, rows, names))
+
+
+def prepare_without_clients_data(job: Job) -> Prepared:
+    """What a coordinator can prepare: its own data tell what a sample looks like, and are for evaluation.
+
+    Raises:
+        DataError, TraceError, PlanError: as named.
+    """
+    return _plan_clients(job, job.source().load())
+
+
+def local_work(job: Job, plan: Plan) -> LocalWork:
+    """What a client does in a round, by its plan's schedule.
+
+    Raises:
+        PlanError: the plan's placement is not its schedule's.
+    """
+    return LocalWork(
         optimizer=job.optimizer,
-        schedule=job.schedule,
+        schedule=_schedule(job, plan),
         batch_size=job.batch_size,
         num_microbatches=job.num_microbatches,
         local_epochs=job.strategy.local_epochs,
@@ -122,31 +169,71 @@ def prepare(job: Job) -> Prepared:
         max_gradient_norm=job.max_gradient_norm,
         accumulate_batches=job.accumulate_batches,
     )
+
+
+def part_of(dataset: Dataset, blueprints: Sequence[StageBlueprint]) -> Dataset | None:
+    """The part of a client's data that a device with these stages needs."""
+    has_inputs, has_targets = blueprints[0].is_first, blueprints[-1].is_last
+    if has_inputs and has_targets:
+        return dataset
+    if has_inputs:
+        return dataset.without_targets()
+    return dataset.without_inputs() if has_targets else None
+
+
+def trace_model(job: Job, model: nn.Module, example: torch.Tensor) -> LayerGraph:
+    """Trace a job's model; torch's own account of what it cannot trace is kept from the terminal.
+
+    Raises:
+        TraceError: as named.
+    """
+    with _quiet_torch():
+        return trace(model, (example,), leaves=job.leaves, cut_rules=job.cuts)
+
+
+def build_model(job: Job) -> nn.Module:
+    """The job's model with its initial weights, which its seed decides."""
+    if isinstance(job.model, nn.Module):
+        return copy.deepcopy(job.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(job.seed, "weights"))
+        return job.model()
+
+
+def _plan_clients(job: Job, data: TrainTest) -> Prepared:
+    model = build_model(job)
+    example = _example(data.train, job.batch_size)
+    graph = trace_model(job, model, example)
     plans: dict[str, tuple[Plan, list[StageBlueprint]]] = {}
     clients = {}
-    for client, indices in zip(job.topology.clients, rows, strict=True):
+    for client in job.topology.clients:
         key = hashlib.sha256(f"{client.devices}{client.links}".encode()).hexdigest()
         if key not in plans:
             plan = _plan(job, graph, model, client)
             plans[key] = plan, draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
         plan, blueprints = plans[key]
-        clients[client.name] = ClientSetup(
-            client=client,
-            plan=plan,
-            blueprints=blueprints,
-            work=replace(work, schedule=_schedule(job, plan)),
-            dataset=data.train.select(indices),
-            round_samples=work.num_examples(len(indices)),
-            predicted_s=_predict_s(client, plan, blueprints, work.num_batches(len(indices))),
-        )
+        clients[client.name] = ClientSetup(client, plan, blueprints, local_work(job, plan), None, 0, 0.0)
     return Prepared(
         job=job,
         model=model,
         graph=graph,
         data=data,
         clients=clients,
-        table=describe(data.train, rows, names),
+        table=(),
+        sample_shape=tuple(example.shape[1:]),
+        sample_dtype=example.dtype,
     )
+
+
+def _example(data: Dataset, batch_size: int) -> torch.Tensor:
+    """A batch of inputs to trace with: as large as any will be, whatever samples there are."""
+    assert data.inputs is not None
+    return replace(
+        data,
+        inputs=data.inputs.new_zeros((batch_size, *data.inputs.shape[1:])),
+        targets=None,
+        users=None,
+    ).input_batch(range(batch_size))
 
 
 @contextlib.contextmanager
@@ -159,14 +246,6 @@ def _quiet_torch() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-def _build(job: Job) -> nn.Module:
-    if isinstance(job.model, nn.Module):
-        return copy.deepcopy(job.model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(job.seed, "weights"))
-        return job.model()
 
 
 def _plan(job: Job, graph: LayerGraph, model: nn.Module, client: Client) -> Plan:

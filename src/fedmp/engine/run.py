@@ -14,9 +14,10 @@ import torch
 
 from fedmp.coordinator import Checkpoint, CheckpointStore, GlobalModel
 from fedmp.engine.central import CentralizedResult, train_centrally
+from fedmp.engine.deploy import DeployEngine
 from fedmp.engine.job import Engine, Job, Result
 from fedmp.engine.local import LocalEngine
-from fedmp.engine.prepare import Prepared, prepare
+from fedmp.engine.prepare import Prepared, prepare, prepare_without_clients_data
 from fedmp.engine.session import Outcome, Session
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError, ResumeError
@@ -71,7 +72,8 @@ def _run(
     started_s = time.monotonic()
     engine.warm_up()
     observe(Note("reading data, tracing the model, planning"))
-    prepared = prepare(job)
+    is_remote = isinstance(engine, DeployEngine)
+    prepared = prepare_without_clients_data(job) if is_remote else prepare(job)
     model = GlobalModel(
         prepared.graph.state,
         {
@@ -81,7 +83,8 @@ def _run(
         job.server_optimizer,
     )
     checkpoints = CheckpointStore(directory.path / "checkpoints")
-    before = _resume(directory, checkpoints, prepared, model) if resume else ()
+    # a coordinator that was killed after its last round comes back to send its devices home
+    before = _resume(directory, checkpoints, prepared, model, may_be_over=is_remote) if resume else ()
     if not resume:
         for leftover in ("journal", "checkpoints"):  # of a run that failed in its first round
             shutil.rmtree(directory.path / leftover, ignore_errors=True)
@@ -115,10 +118,13 @@ def _run(
             first_round=first_round,
             started_s=started_s,
             observe=tell,
+            config=config,
         )
     )
     central = None
-    if job.centralized is not None:
+    if job.centralized is not None and is_remote:
+        observe(Note("no centralized training to compare with: the clients' data are not here"))
+    elif job.centralized is not None:
         observe(Note("training centrally, to compare"))
         central = train_centrally(prepared, job.centralized)
     records = (*before, *outcome.records)
@@ -160,7 +166,12 @@ def _directory(run_dir: Path, *, resume: bool) -> RunDirectory:
 
 
 def _resume(
-    directory: RunDirectory, checkpoints: CheckpointStore, prepared: Prepared, model: GlobalModel
+    directory: RunDirectory,
+    checkpoints: CheckpointStore,
+    prepared: Prepared,
+    model: GlobalModel,
+    *,
+    may_be_over: bool,
 ) -> tuple[RoundRecord, ...]:
     """Load the last committed round into the global model; returns the rounds so far."""
     checkpoint = checkpoints.latest()
@@ -169,7 +180,9 @@ def _resume(
             f"the run in {directory.path} trained another model (fingerprint {checkpoint.fingerprint}, this "
             f"{prepared.graph.model_name} has {prepared.graph.fingerprint}); resume with the config it began with"
         )
-    if checkpoint.round >= prepared.job.rounds:
+    if checkpoint.round > prepared.job.rounds or (
+        checkpoint.round == prepared.job.rounds and not may_be_over
+    ):
         raise ResumeError(
             f"the run in {directory.path} has finished {checkpoint.round} rounds; ask for more with rounds=NUMBER"
         )

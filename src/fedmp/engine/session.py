@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fedmp.coordinator import CheckpointStore, GlobalModel
+from fedmp.coordinator import CheckpointStore, GlobalModel, RoundSettings
 from fedmp.engine.prepare import Prepared
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
-from fedmp.records import Observer, RoundRecord, TimedAction
+from fedmp.records import DeviceReport, Observer, RoundRecord, TimedAction
 from fedmp.stages import Stage
 
-__all__ = ["Outcome", "Session", "evaluator"]
+__all__ = ["Outcome", "Session", "Timelines", "evaluator", "round_settings"]
 
 _EVALUATION_BATCH = 500
 
@@ -32,6 +33,7 @@ class Session:
         first_round: the round to begin with.
         started_s: `time.monotonic()` when the run began.
         observe: told of everything.
+        config: as the command line composed it; empty where there was none.
     """
 
     prepared: Prepared
@@ -41,6 +43,7 @@ class Session:
     first_round: int
     started_s: float = field(default_factory=time.monotonic)
     observe: Observer = lambda event: None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,46 @@ class Outcome:
     timelines: Mapping[str, tuple[TimedAction, ...]] = field(default_factory=dict)
 
 
-def evaluator(session: Session) -> Callable[[], tuple[float, float | None]]:
-    """A function that gives the global model's mean loss and accuracy (if any) on the held-out set."""
+class Timelines:
+    """Measured steps, as they arrive with the devices' reports."""
+
+    def __init__(self) -> None:
+        self.by_client: dict[str, tuple[TimedAction, ...]] = {}
+
+    def keep(self, round: int, reports: Mapping[str, Sequence[DeviceReport]]) -> None:
+        """Take those of a round."""
+        for client, devices in reports.items():
+            actions = [TimedAction(*row) for report in devices for row in report.timeline]
+            if actions:
+                self.by_client[client] = _from_zero(actions)
+
+
+def round_settings(session: Session, round_timeout_s: float) -> RoundSettings:
+    """What the coordinator's round loop needs to know of a job."""
+    prepared = session.prepared
+    clients = prepared.clients
+    return RoundSettings(
+        num_devices={name: setup.plan.num_devices for name, setup in clients.items()},
+        round_samples={name: setup.round_samples for name, setup in clients.items()},
+        predicted_s={name: setup.predicted_s for name, setup in clients.items()},
+        first_round=session.first_round,
+        last_round=prepared.job.rounds,
+        seed=prepared.job.seed,
+        round_timeout_s=round_timeout_s,
+        fingerprint=prepared.graph.fingerprint,
+    )
+
+
+def evaluator(session: Session) -> Callable[[], tuple[float | None, float | None]]:
+    """A function that gives the global model's mean loss and accuracy on the held-out set, where there is one."""
     prepared = session.prepared
     test = prepared.data.test
+    if len(test) == 0:
+        return lambda: (None, None)
     stage = Stage(prepared.whole_stage(), session.model.state)
     runner = StageRunner(stage, prepared.job.task)
 
-    def evaluate() -> tuple[float, float | None]:
+    def evaluate() -> tuple[float | None, float | None]:
         total = BatchResult()
         for indices in torch.arange(len(test)).split(_EVALUATION_BATCH):
             inputs, targets = test.batch(indices)
@@ -75,3 +110,11 @@ def evaluator(session: Session) -> Callable[[], tuple[float, float | None]]:
         return total.loss_sum / weight, total.num_correct / weight if prepared.job.task.has_accuracy else None
 
     return evaluate
+
+
+def _from_zero(timeline: Sequence[TimedAction]) -> tuple[TimedAction, ...]:
+    first_s = min((action.start_s for action in timeline), default=0.0)
+    return tuple(
+        TimedAction(a.device, a.stage, a.kind, a.microbatch, a.start_s - first_s, a.stop_s - first_s)
+        for a in timeline
+    )

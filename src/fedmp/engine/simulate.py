@@ -109,8 +109,8 @@ class _Simulation:
             self._runner,
             work,
             client=setup.name,
-            dataset=setup.dataset,
-            num_samples=len(setup.dataset),
+            dataset=setup.own_samples,
+            num_samples=len(setup.own_samples),
         )
         evaluation = trainer.evaluate(round=round) if work.evaluate_first else BatchResult()
 

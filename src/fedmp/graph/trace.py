@@ -209,5 +209,7 @@ def _fingerprint(state: Mapping[str, StateSpec], train: ModeGraph) -> str:
     for spec in state.values():
         digest.update(f"{spec.name} {spec.shape} {spec.dtype} {spec.requires_grad}\n".encode())
     for node in train.nodes:
-        digest.update(f"{node.target} {node.args} {node.kwargs}\n".encode())
+        # where a tensor is made is no part of the architecture: a model may be traced on the meta device
+        kwargs = {name: value for name, value in node.kwargs.items() if not isinstance(value, torch.device)}
+        digest.update(f"{node.target} {node.args} {kwargs}\n".encode())
     return digest.hexdigest()[:16]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -90,12 +91,23 @@ def host_rendezvous(host: str, port: int = 0, *, timeout_s: float = 60.0) -> Ren
         PipelineError: the address cannot be used.
     """
     try:
+        # the store by itself would listen on every interface of the machine
+        listener = socket.create_server((host, port), family=_family(host), backlog=256)
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            host,
+            listener.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=listener.detach(),
         )
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise PipelineError(f"cannot listen for the client's devices on {host}:{port}: {error}") from error
     return Rendezvous(store, store.port)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def join_rendezvous(host: str, port: int, *, timeout_s: float = 60.0) -> Rendezvous:

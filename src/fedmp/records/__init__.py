@@ -21,7 +21,10 @@ from fedmp.records.messages import (
     DeviceReport,
     FailureReport,
     Instruction,
+    JobOffer,
+    Joined,
     ProgressReport,
+    Ready,
     Receipt,
 )
 from fedmp.records.plan import Plan, StagePlan
@@ -34,6 +37,8 @@ __all__ = [
     "Event",
     "FailureReport",
     "Instruction",
+    "JobOffer",
+    "Joined",
     "LayerProfile",
     "Note",
     "Observer",
@@ -41,6 +46,7 @@ __all__ = [
     "Profile",
     "Progress",
     "ProgressReport",
+    "Ready",
     "Receipt",
     "RoundFinished",
     "RoundRecord",

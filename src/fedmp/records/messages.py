@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from fedmp.records.plan import Plan
 
 __all__ = [
     "Address",
     "DeviceReport",
     "FailureReport",
     "Instruction",
+    "JobOffer",
+    "Joined",
     "ProgressReport",
+    "Ready",
     "Receipt",
     "TimedActionRow",
 ]
@@ -25,12 +32,13 @@ class Instruction(_Message):
     """What a device should do next.
 
     Attributes:
-        kind: "train" a round; "wait" and ask again; "stop", the job is over.
+        kind: "train" a round; "wait" and ask again; "join", say what you hold, the coordinator does not know
+            you (it was started anew); "next", the job is over and another one follows; "stop", all is over.
         round: the round to train.
         reason: why to wait or stop, for people.
     """
 
-    kind: Literal["train", "wait", "stop"]
+    kind: Literal["train", "wait", "join", "next", "stop"]
     round: int = 0
     reason: str = ""
 
@@ -41,6 +49,62 @@ class Address(_Message):
     host: str
     port: int = Field(gt=0, lt=65536)
     secret: str = ""
+
+    @property
+    def generation(self) -> str:
+        """A name of the pipeline that comes together here; does not tell the secret."""
+        return hashlib.sha256(f"generation {self.secret}".encode()).hexdigest()[:16]
+
+
+class JobOffer(_Message):
+    """What a device needs to know of a job beyond its own config; plain data, nothing to execute.
+
+    Attributes:
+        job: equal for equal jobs.
+        client, device: who the asking device is.
+        client_index, num_clients: the client's place in the topology, for a split of common data.
+        plan: how the client's model is cut over its devices.
+        fingerprint: of the coordinator's traced model.
+        agreed: digests of the config's values on which all must agree, by key.
+        sample_shape, sample_dtype: of one model input.
+        record_timeline: measure one step in the first round.
+        versions: of the coordinator's libraries, by name.
+    """
+
+    job: str
+    client: str
+    device: str
+    client_index: int = Field(ge=0)
+    num_clients: int = Field(ge=1)
+    plan: Plan
+    fingerprint: str
+    agreed: Mapping[str, str]
+    sample_shape: tuple[int, ...]
+    sample_dtype: str
+    record_timeline: bool = False
+    versions: Mapping[str, str] = Field(default_factory=dict)
+
+
+class Ready(_Message):
+    """A device says that it can begin.
+
+    Attributes:
+        job: the job that it is ready for.
+        num_samples: of its client; None if it holds no data.
+    """
+
+    job: str
+    num_samples: int | None = Field(default=None, ge=1, le=2**53)
+
+
+class Joined(_Message):
+    """The coordinator knows the device.
+
+    Attributes:
+        num_samples: of the client; None until a device that holds data has said so.
+    """
+
+    num_samples: int | None = None
 
 
 TimedActionRow = tuple[str, int, str, int, float, float]
@@ -57,6 +121,7 @@ class DeviceReport(_Message):
         pipeline_bytes: bytes that this device sent to the client's other devices.
         train_s: seconds of local training.
         timeline: timed actions of one step, where asked for.
+        generation: of the pipeline that made it; updates of one client from several do not fit together.
     """
 
     num_examples: int = Field(ge=0)
@@ -69,6 +134,7 @@ class DeviceReport(_Message):
     pipeline_bytes: int = 0
     train_s: float = 0.0
     timeline: tuple[TimedActionRow, ...] = ()
+    generation: str = Field(default="", max_length=64)
 
 
 class ProgressReport(_Message):

@@ -5,6 +5,7 @@ run: only a run directory that cannot be written is an error, raised before the 
 from __future__ import annotations
 
 from fedmp.report.live import LiveView, PlainView, QuietView, View, make_view
+from fedmp.report.logs import LogView, configure_logs
 from fedmp.report.pictures import draw_accuracy, draw_data, draw_plan, draw_timeline
 from fedmp.report.run_directory import RunDirectory
 from fedmp.report.tables import closing_table, data_table, plan_table, plans_panel
@@ -14,12 +15,14 @@ from fedmp.report.units import format_bytes, format_count, format_memory, format
 __all__ = [
     "DeviceShares",
     "LiveView",
+    "LogView",
     "PlainView",
     "QuietView",
     "RunDirectory",
     "View",
     "chrome_trace",
     "closing_table",
+    "configure_logs",
     "data_table",
     "draw_accuracy",
     "draw_data",

@@ -1,0 +1,148 @@
+"""The border of the federation plane: bodies as they come in, checked while they come.
+
+A body must get on (no peer holds a connection by trickling), stay within its length, and have the SHA-256
+digest that its `content-digest` header (RFC 9530) announces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from fedmp.coordinator.guard import Limits
+from fedmp.errors import RefusedError
+
+__all__ = ["announced_digest", "read_message", "stream_to_file"]
+
+Message = TypeVar("Message", bound=BaseModel)
+
+_DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
+
+
+def announced_digest(request: Request) -> bytes:
+    """The SHA-256 digest that a request announces for its body.
+
+    Raises:
+        RefusedError: it announces none, or it is malformed.
+    """
+    found = _DIGEST.search(request.headers.get("content-digest", ""))
+    try:
+        digest = base64.b64decode(found[1], validate=True) if found else b""
+    except binascii.Error:
+        digest = b""
+    if len(digest) != hashlib.sha256().digest_size:
+        raise RefusedError(
+            "an update needs a header 'content-digest: sha-256=:BASE64:' of its body",
+            status=400,
+            reason="no-digest",
+        )
+    return digest
+
+
+async def stream_to_file(request: Request, path: Path, *, max_bytes: int, limits: Limits) -> int:
+    """Stream a body to disk.
+
+    Args:
+        request: whose body it is; must announce its digest.
+        path: where to; the caller removes it after a refusal.
+        max_bytes: a longer body is refused, before or while it comes.
+        limits: how slow it may be.
+
+    Returns:
+        Its length in bytes.
+
+    Raises:
+        RefusedError: it is too long, too slow, breaks off, or is not what its digest announces.
+    """
+    expected = announced_digest(request)
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced[:20]) > max_bytes:
+        raise RefusedError(
+            f"the body has {announced[:20]} bytes, at most {max_bytes} are allowed",
+            status=413,
+            reason="too-long",
+        )
+    num_bytes = 0
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        async for chunk in _chunks(request, limits):
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
+                raise RefusedError(f"the body has more than {max_bytes} bytes", status=413, reason="too-long")
+            digest.update(chunk)
+            file.write(chunk)
+    if not hmac.compare_digest(digest.digest(), expected):
+        raise RefusedError(
+            f"the body's {num_bytes} bytes do not have the digest that was announced; send it again",
+            status=400,
+            reason="tampered",
+        )
+    return num_bytes
+
+
+async def read_message(request: Request, kind: type[Message], limits: Limits) -> Message:
+    """A small JSON body as a validated message.
+
+    Raises:
+        RefusedError: it is too long, too slow, breaks off, or is not valid.
+    """
+    body = bytearray()
+    async for chunk in _chunks(request, limits):
+        body += chunk
+        if len(body) > limits.max_message_bytes:
+            raise RefusedError(
+                f"a message has at most {limits.max_message_bytes} bytes", status=413, reason="too-long"
+            )
+    try:
+        return kind.model_validate_json(bytes(body))
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RefusedError(
+            f"not a valid {kind.__name__}: {f'{where}: ' if where else ''}{first['msg']}",
+            status=422,
+            reason="malformed",
+        ) from error
+
+
+async def _chunks(request: Request, limits: Limits) -> AsyncIterator[bytes]:
+    """The pieces of a body, as long as it gets on."""
+    stream = request.stream().__aiter__()
+    started_s = time.monotonic()
+    num_bytes = 0
+    while True:
+        try:
+            chunk = await asyncio.wait_for(stream.__anext__(), limits.stall_timeout_s)
+        except StopAsyncIteration:
+            return
+        except ClientDisconnect:
+            raise RefusedError(
+                f"the body broke off after {num_bytes} bytes", status=400, reason="broken-off"
+            ) from None
+        except (asyncio.TimeoutError, TimeoutError):
+            raise RefusedError(
+                f"no byte of the body came for {limits.stall_timeout_s:g} s, after {num_bytes}",
+                status=408,
+                reason="stalled",
+            ) from None
+        num_bytes += len(chunk)
+        graced_s = time.monotonic() - started_s - limits.stall_timeout_s
+        if num_bytes < graced_s * limits.min_bytes_per_s:
+            raise RefusedError(
+                f"the body comes at less than {limits.min_bytes_per_s:g} bytes a second",
+                status=408,
+                reason="stalled",
+            )
+        yield chunk

@@ -1,0 +1,47 @@
+"""What the coordinator knows of each device of a plan: what it pulls, what it must push, how long that may be."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+from fedmp.coordinator import Member
+from fedmp.engine.prepare import ClientSetup, Prepared
+from fedmp.stages import StageBlueprint
+
+__all__ = ["members_of"]
+
+
+def members_of(prepared: Prepared) -> Iterator[Member]:
+    """Every device of every client; those that their plan leaves out have no stages."""
+    for setup in prepared.clients.values():
+        plan = setup.plan
+        for rank, (device, stages) in enumerate(zip(plan.devices, plan.placement, strict=True)):
+            yield _member(prepared, setup, rank, device, stages)
+        for left_out in {device.name for device in setup.client.devices}.difference(plan.devices):
+            yield Member(setup.name, left_out, -1, (), (), (), "", 0)
+
+
+def _member(
+    prepared: Prepared, setup: ClientSetup, rank: int, device: str, stages: tuple[int, ...]
+) -> Member:
+    blueprints = [setup.blueprints[stage] for stage in stages]
+    pulled = tuple(dict.fromkeys(name for blueprint in blueprints for name in blueprint.state))
+    with_buffers = not prepared.job.strategy.keep_statistics_local
+    return Member(
+        client=setup.name,
+        device=device,
+        rank=rank,
+        stages=stages,
+        pulled=pulled,
+        pushed=tuple(
+            name for blueprint in blueprints for name in setup.pushed(blueprint, with_buffers=with_buffers)
+        ),
+        stage_key=hashlib.sha256("\n".join(pulled).encode()).hexdigest()[:16],
+        max_update_bytes=sum(map(_max_bytes, blueprints)) + (4 << 20),
+    )
+
+
+def _max_bytes(blueprint: StageBlueprint) -> int:
+    """The stage's tensors, and room for names, shapes and the report."""
+    return sum(spec.num_bytes + 1024 for spec in blueprint.state.values())

@@ -1,0 +1,192 @@
+"""A deployed federation on this machine: a coordinator and devices as processes that only share sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from fedmp import Job
+from fedmp.coordinator import Board, CheckpointStore, GlobalModel, Journal
+from fedmp.engine.deploy import DeployEngine
+from fedmp.engine.device import DeviceSettings, LocalJob, run_deployed_device
+from fedmp.errors import FedmpError
+from fedmp.identity import Credentials, CredentialStore
+
+# every step of a round, as the method that does it, and whether the kill comes before or after it
+STEPS: dict[str, tuple[type, str, str]] = {
+    "before the journal is opened": (Journal, "open", "before"),
+    "before the round is opened": (Board, "open_round", "before"),
+    "after the round is opened": (Board, "open_round", "after"),
+    "after a stage is written for a device": (Journal, "global_stage", "after"),
+    "before an update is checked": (Journal, "accept", "before"),
+    "after an update is in the journal, before it is acknowledged": (Journal, "accept", "after"),
+    "after an update is noted": (Board, "reported", "after"),
+    "after all have reported": (Board, "close_round", "before"),
+    "before the global model moves": (GlobalModel, "apply", "before"),
+    "after the global model moved": (GlobalModel, "apply", "after"),
+    "before the commit": (CheckpointStore, "save", "before"),
+    "after the commit": (CheckpointStore, "save", "after"),
+    "after the journal is closed": (Journal, "close", "after"),
+    "after the last round": (Board, "stop", "before"),
+}
+
+
+class Deployment:
+    """Starts and ends processes; use it as a context manager.
+
+    Args:
+        folder: for everything.
+        job: what all train.
+        config: the same for all, to be compared.
+    """
+
+    def __init__(self, folder: Path, job: Job, config: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.job = job
+        self.config = dict(config or {"seed": job.seed})
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["fedmp.engine.preload"])
+        self._processes: list[BaseProcess] = []
+        store = CredentialStore(folder / "federation" / "devices.json")
+        self.tokens = {
+            (client.name, device.name): store.enroll(client.name, device.name)
+            for client in job.topology.clients
+            for device in client.devices
+        }
+
+    def __enter__(self) -> Deployment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+            process.close()
+
+    @property
+    def engine(self) -> DeployEngine:
+        """The coordinator's."""
+        return DeployEngine(port=self.port, folder=self.folder / "federation", farewell_s=10)
+
+    def coordinator(self, *, kill_at: str = "", nth: int = 1) -> BaseProcess:
+        """Start it; at the nth time that it comes to a step it kills itself."""
+        arguments = (self.job, self.engine, self.folder / "run", self.config, kill_at, nth)
+        return self._start(_serve, arguments)
+
+    def device(
+        self, client: str, device: str, *, job: Job | None = None, config: Mapping[str, Any] | None = None
+    ) -> BaseProcess:
+        """Start a device."""
+        path = self.folder / f"{client}.{device}.json"
+        token = self.tokens[client, device]
+        Credentials(client=client, device=device, token=token, coordinator=self.url).save(path)
+        return self._start(_take_part, (job or self.job, config or self.config, path))
+
+    def devices(self) -> list[BaseProcess]:
+        """Start all of them."""
+        return [self.device(client, device) for client, device in self.tokens]
+
+    def last_words(self, client: str, device: str) -> str:
+        """Why a device gave up."""
+        return (self.folder / f"{client}.{device}.error").read_text()
+
+    def final_state(self) -> dict[str, torch.Tensor]:
+        """The global model after the last round."""
+        return load_file(
+            self.folder / "run" / "checkpoints" / f"round-{self.job.rounds:05d}" / "model.safetensors"
+        )
+
+    def get(self, path: str) -> Any:
+        """What the service says of itself; None while it is away."""
+        with contextlib.suppress(OSError), urllib.request.urlopen(self.url + path, timeout=5) as answer:
+            return json.loads(answer.read())
+        return None
+
+    def _start(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
+        process = self._context.Process(target=target, args=arguments, daemon=True)
+        process.start()
+        self._processes.append(process)
+        return process
+
+
+def ends(process: BaseProcess, *, within_s: float = 60.0) -> int:
+    """Its exit code, which must come."""
+    process.join(within_s)
+    assert process.exitcode is not None, "it did not end"
+    return process.exitcode
+
+
+@contextlib.contextmanager
+def eventually(within_s: float = 30.0) -> Iterator[Callable[[], bool]]:
+    """A clock for a loop: `while waiting(): ...`; fails when time is up."""
+    deadline_s = time.monotonic() + within_s
+
+    def waiting() -> bool:
+        assert time.monotonic() < deadline_s, "time is up"
+        time.sleep(0.01)
+        return True
+
+    yield waiting
+
+
+def _serve(
+    job: Job, engine: DeployEngine, run_dir: Path, config: Mapping[str, Any], kill_at: str, nth: int
+) -> None:
+    torch.set_num_threads(1)
+    if kill_at:
+        _set_trap(kill_at, nth)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    resume = (run_dir / "checkpoints").is_dir()
+    try:
+        job.run(engine, run_dir=run_dir, resume=resume, observe=lambda _: None, config=config)
+    except KeyboardInterrupt:
+        raise SystemExit(143) from None
+
+
+def _take_part(job: Job, config: Mapping[str, Any], credentials: Path) -> None:
+    settings = DeviceSettings(credentials=credentials, num_threads=1, patience_s=60, transfer_timeout_s=60)
+    try:
+        run_deployed_device([LocalJob(job, config)], settings)
+    except FedmpError as error:
+        credentials.with_suffix(".error").write_text(str(error))
+        raise SystemExit(2) from error
+
+
+def _set_trap(step: str, nth: int) -> None:
+    owner, name, when = STEPS[step]
+    original = getattr(owner, name)
+    count, lock = 0, threading.Lock()
+
+    def trapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        if owner is CheckpointStore and args[1].round == 0:  # what a run begins with
+            return original(*args, **kwargs)
+        with lock:
+            count += 1
+            is_due = count == nth
+        if is_due and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if is_due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, trapped)
