@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +93,19 @@ def test_a_model_without_memory_costs_what_the_real_one_does() -> None:
         empty = GPT(30, 12, width=16, num_layers=2, num_heads=2).double()
     inputs = (CASES["gpt"][1](3, 0)[0],)
     assert profile(trace(empty, inputs)).layers == profile(trace(build("gpt"), inputs)).layers
+
+
+@pytest.mark.slow
+def test_a_decoder_of_7_billion_parameters_is_planned_in_seconds_without_its_memory() -> None:
+    root = Path(__file__).parents[2]
+    code = "import benchmarks.planning as p; r = p.plan_7b(); print(r.parameters, r.cpu_s, r.peak_bytes)"
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True
+    )
+    parameters, cpu_s, peak_bytes = map(float, out.stdout.split())
+    assert parameters > 6.9e9
+    assert peak_bytes < 2e9
+    assert cpu_s < 20  # 7 on an idle machine; a busy one takes longer even by the processor's clock
 
 
 class MakesTensors(nn.Module):
