@@ -79,15 +79,15 @@ def by_hand(job: Job) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"max_gradient_norm": 0.05},
-        {"accumulate_batches": 2},
+        pytest.param({"max_gradient_norm": 0.05}, marks=pytest.mark.slow),
+        pytest.param({"accumulate_batches": 2}, marks=pytest.mark.slow),
         {
             "accumulate_batches": 2,
             "max_gradient_norm": 0.05,
             "learning_rate": Cosine(),
             "schedule": ZeroBubble(),
         },
-        {"pipeline": PipelineSettings(checkpoint=True)},
+        pytest.param({"pipeline": PipelineSettings(checkpoint=True)}, marks=pytest.mark.slow),
         {"pipeline": PipelineSettings(checkpoint=(1,)), "schedule": OneFOneB(warmup="short")},
     ],
     ids=["clipping", "accumulation", "all with zero bubble", "checkpointing", "checkpointing one stage"],
@@ -152,12 +152,13 @@ def test_placed_stages_give_the_model_of_one_stage_a_device(
 
 
 def test_a_v_shape_gives_inputs_and_targets_to_one_device_and_nothing_to_the_others() -> None:
-    from fedmp.engine.local import LocalEngine, _members
+    from fedmp.engine.local import LocalEngine
+    from fedmp.engine.members import members_of
 
     prepared = prepare(tiny_job(topology=topology(3), data=images(30), model=TINY_CNN, schedule=VShape()))
     specs = {
-        member.rank: LocalEngine()._spec("http://x", token, member, prepared)
-        for token, member in _members(prepared).items()
+        member.rank: LocalEngine()._spec("http://x", "token", member, prepared)
+        for member in members_of(prepared)
     }
     assert [blueprint.index for blueprint in specs[0].blueprints] == [0, 5]
     assert specs[0].dataset is not None
@@ -167,14 +168,14 @@ def test_a_v_shape_gives_inputs_and_targets_to_one_device_and_nothing_to_the_oth
 
 
 def test_a_device_pulls_and_pushes_the_tensors_of_its_own_stages_and_no_others() -> None:
-    from fedmp.engine.local import _members
+    from fedmp.engine.members import members_of
 
     prepared = prepare(
         tiny_job(topology=topology(2), data=images(30), model=TINY_CNN, schedule=Interleaved())
     )
     blueprints = prepared.clients["c0"].blueprints
     everything: list[str] = []
-    for member in _members(prepared).values():
+    for member in members_of(prepared):
         own = [blueprints[stage] for stage in member.stages]
         assert set(member.pulled) == {name for blueprint in own for name in blueprint.state}
         assert set(member.pushed) <= {name for blueprint in own for name in blueprint.owned}
@@ -204,7 +205,9 @@ def test_bf16_autocast_trains_nearly_as_well(tmp_path: Path) -> None:
     assert halved.history[-1].train_loss != plain.history[-1].train_loss
 
 
-@pytest.mark.parametrize(("kind", "share"), [("bf16", 0.6), ("int8", 0.6)])
+@pytest.mark.parametrize(
+    ("kind", "share"), [pytest.param("bf16", 0.6, marks=pytest.mark.slow), ("int8", 0.6)]
+)
 def test_compression_saves_bytes_between_the_devices_and_costs_little(
     kind: str, share: float, tmp_path: Path
 ) -> None:
