@@ -151,11 +151,13 @@ def test_the_search_finds_labels_written_as_text(received: bytes) -> None:
 
 def test_the_devices_hold_only_the_part_of_the_data_that_their_stage_needs() -> None:
     """Inputs stay on the first device of a client and targets on the last; none is sent to the middle."""
-    from fedmp.engine.local import _part_of
-    from fedmp.engine.prepare import prepare
+    from fedmp.engine.prepare import part_of, prepare
 
     setup = prepare(tiny_job(topology=topology(3), data=images(20))).clients["c0"]
-    parts = [_part_of(setup, stages) for stages in setup.plan.placement]
+    parts = [
+        part_of(setup.own_samples, [setup.blueprints[stage] for stage in stages])
+        for stages in setup.plan.placement
+    ]
     assert parts[0].inputs is not None
     assert parts[0].targets is None
     assert parts[1] is None
