@@ -154,7 +154,10 @@ def test_the_devices_hold_only_the_part_of_the_data_that_their_stage_needs() -> 
     from fedmp.engine.prepare import part_of, prepare
 
     setup = prepare(tiny_job(topology=topology(3), data=images(20))).clients["c0"]
-    parts = [part_of(setup.own_samples, [blueprint]) for blueprint in setup.blueprints]
+    parts = [
+        part_of(setup.own_samples, [setup.blueprints[stage] for stage in stages])
+        for stages in setup.plan.placement
+    ]
     assert parts[0].inputs is not None
     assert parts[0].targets is None
     assert parts[1] is None

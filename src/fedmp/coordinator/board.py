@@ -259,11 +259,6 @@ class Board:
                 return Instruction(kind="wait", round=round, reason="this round's update is in")
             return self._instruction
 
-    def takes_part(self, member: Member) -> bool:
-        """Whether the device's client is in the cohort of the open round."""
-        with self._changed:
-            return self._instruction.kind == "train" and member.client in self._cohort
-
     def window(self, round: int) -> Literal["open", "over", "not yet", "never"]:
         """Whether a round takes requests: it is open, or over, or may open soon, or is nobody's business now."""
         with self._changed:

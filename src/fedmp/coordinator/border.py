@@ -24,31 +24,11 @@ from starlette.requests import ClientDisconnect
 from fedmp.coordinator.guard import Limits
 from fedmp.errors import RefusedError
 
-__all__ = ["announced_digest", "read_message", "stream_to_file"]
+__all__ = ["read_message", "stream_to_file"]
 
 Message = TypeVar("Message", bound=BaseModel)
 
 _DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
-
-
-def announced_digest(request: Request) -> bytes:
-    """The SHA-256 digest that a request announces for its body.
-
-    Raises:
-        RefusedError: it announces none, or it is malformed.
-    """
-    found = _DIGEST.search(request.headers.get("content-digest", ""))
-    try:
-        digest = base64.b64decode(found[1], validate=True) if found else b""
-    except binascii.Error:
-        digest = b""
-    if len(digest) != hashlib.sha256().digest_size:
-        raise RefusedError(
-            "an update needs a header 'content-digest: sha-256=:BASE64:' of its body",
-            status=400,
-            reason="no-digest",
-        )
-    return digest
 
 
 async def stream_to_file(request: Request, path: Path, *, max_bytes: int, limits: Limits) -> int:
@@ -66,7 +46,7 @@ async def stream_to_file(request: Request, path: Path, *, max_bytes: int, limits
     Raises:
         RefusedError: it is too long, too slow, breaks off, or is not what its digest announces.
     """
-    expected = announced_digest(request)
+    expected = _announced_digest(request)
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced[:20]) > max_bytes:
         raise RefusedError(
@@ -115,6 +95,26 @@ async def read_message(request: Request, kind: type[Message], limits: Limits) ->
             status=422,
             reason="malformed",
         ) from error
+
+
+def _announced_digest(request: Request) -> bytes:
+    """The SHA-256 digest that a request announces for its body.
+
+    Raises:
+        RefusedError: it announces none, or it is malformed.
+    """
+    found = _DIGEST.search(request.headers.get("content-digest", ""))
+    try:
+        digest = base64.b64decode(found[1], validate=True) if found else b""
+    except binascii.Error:
+        digest = b""
+    if len(digest) != hashlib.sha256().digest_size:
+        raise RefusedError(
+            "an update needs a header 'content-digest: sha-256=:BASE64:' of its body",
+            status=400,
+            reason="no-digest",
+        )
+    return digest
 
 
 async def _chunks(request: Request, limits: Limits) -> AsyncIterator[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedmp.coordinator.board import Board
 from fedmp.errors import RefusedError
@@ -13,7 +13,7 @@ from fedmp.errors import RefusedError
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-__all__ = ["Metrics"]
+__all__ = ["CountedApp", "Metrics"]
 
 
 class Metrics:
@@ -96,3 +96,25 @@ class Metrics:
         for (client, device), seconds in status.silent_s.items():
             silence.add_metric([client, device], seconds)
         yield silence
+
+
+class CountedApp:
+    """An ASGI app that counts the answers of another.
+
+    Args:
+        app: the other one.
+        metrics: where they are counted.
+    """
+
+    def __init__(self, app: Any, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "other")
+                self._metrics.answered(route, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted)

@@ -16,7 +16,6 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -29,7 +28,7 @@ from fedmp.coordinator.border import read_message, stream_to_file
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.guard import Limits
 from fedmp.coordinator.journal import Journal
-from fedmp.coordinator.metrics import Metrics
+from fedmp.coordinator.metrics import CountedApp, Metrics
 from fedmp.coordinator.server import HttpServer, Tls
 from fedmp.errors import RefusedError
 from fedmp.records import (
@@ -98,7 +97,7 @@ class CoordinatorService:
         self._is_closing = False
         self.app = self._make_app()
         self._server = HttpServer(
-            _Counted(self.app, self.metrics),
+            CountedApp(self.app, self.metrics),
             host=host,
             port=port,
             tls=tls,
@@ -357,23 +356,6 @@ class CoordinatorService:
         _log.warning(
             "connection cut: %s", reason, extra={"fields": {"event": "cut", "reason": reason, "peer": peer}}
         )
-
-
-class _Counted:
-    """An ASGI app that counts the answers of another."""
-
-    def __init__(self, app: FastAPI, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def counted(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                self._metrics.answered(route, message["status"])
-            await send(message)
-
-        await self._app(scope, receive, counted)
 
 
 _TENSORS = {
