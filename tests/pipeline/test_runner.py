@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmp.errors import FrameError, PipelineError
-from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
-from fedmp.pipeline.links import Receiver
+from fedmp.pipeline import BatchResult, MicroBatches, StageRunner, links
+from fedmp.pipeline.links import Handover, Receiver
 from fedmp.schedule import GPipe, Interleaved, OneFOneB, PlacedSchedule, Schedule, VShape, ZeroBubble
 from fedmp.stages import split_graph
 from fedmp.tasks import CrossEntropy
@@ -121,7 +121,8 @@ def test_evaluation_returns_every_output_and_leaves_no_gradient() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_evaluation_holds_a_few_buffers_however_many_microbatches() -> None:
+def test_evaluation_holds_a_few_buffers_however_many_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "_SMALL_BYTES", 0)
     model, graph = traced("mlp")
     runners = make_runners(own_stages(model, graph, 2))
 
@@ -130,7 +131,7 @@ def test_evaluation_holds_a_few_buffers_however_many_microbatches() -> None:
         run_ranks(lambda rank: runners[rank].evaluate_batch(batches, round=1, step=0), 2)
         return runners[1].buffer_bytes
 
-    assert evaluate(40) == evaluate(4)
+    assert evaluate(4) == evaluate(40)
 
 
 def test_buffers_of_an_odd_batch_are_dropped_at_the_next_one() -> None:
@@ -144,7 +145,8 @@ def test_buffers_of_an_odd_batch_are_dropped_at_the_next_one() -> None:
     assert sizes[2] == sizes[3] == sizes[0]
 
 
-def test_activations_in_use_stay_within_the_warm_up_depth() -> None:
+def test_activations_in_use_stay_within_the_warm_up_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "_SMALL_BYTES", 0)
     model, graph = traced("mlp")
     runners = make_runners(own_stages(model, graph, 3))
     batches = cut(CASES["mlp"][1](16, 1), 16)
@@ -153,6 +155,18 @@ def test_activations_in_use_stay_within_the_warm_up_depth() -> None:
         link.pool.num_allocated for link in runners[2]._wiring.receivers if isinstance(link, Receiver)
     ]
     assert max(allocated) <= 2  # one micro-batch in work, one arriving
+
+
+def test_small_frames_may_be_more_but_not_much_memory() -> None:
+    model, graph = traced("mlp")
+    runners = make_runners(own_stages(model, graph, 3))
+    train(runners, cut(CASES["mlp"][1](64, 1), 64), OneFOneB(warmup="short"))
+    allocated = [
+        link.pool.num_allocated for link in runners[2]._wiring.receivers if isinstance(link, Receiver)
+    ]
+    assert max(allocated) == 64
+    ends = [*runners[2]._wiring.receivers, *runners[2]._wiring.senders]
+    assert all(end.pool.num_bytes <= 1 << 18 for end in ends if not isinstance(end, Handover))
 
 
 def test_after_an_error_a_runner_says_so_until_it_is_reconnected() -> None:

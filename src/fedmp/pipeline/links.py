@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["Handover", "Receiver", "Sender", "StepId"]
 
 
+# small frames may be more than a schedule needs: posting receives while the device waits costs nothing, in
+# the middle of its work a system call
+_SMALL_BYTES = 1 << 18
+
+
 class StepId(NamedTuple):
     """The step that all devices are in."""
 
@@ -45,11 +50,12 @@ class _FramePool:
         free = self._free.get(size)
         if free:
             return free.pop()
-        layout = self._layouts.get(size)
-        if layout is None:
-            layout = self._layouts[size] = self._layout_of(size)
         self.num_allocated += 1
-        return Frame(layout, self._device)
+        return Frame(self._layout(size), self._device)
+
+    def window(self, sizes: Sequence[int], most: int) -> int:
+        """How many frames may be in use at once: `most`, or more where they are small."""
+        return max(most, _SMALL_BYTES // self._layout(max(sizes)).num_bytes)
 
     def give_back(self, size: int, frame: Frame) -> None:
         """Return a frame that nobody reads or writes any more."""
@@ -59,6 +65,12 @@ class _FramePool:
         """Drop the free frames of other sizes, so that odd batches do not pile up."""
         for size in [size for size in self._free if size not in sizes]:
             del self._free[size]
+
+    def _layout(self, size: int) -> FrameLayout:
+        layout = self._layouts.get(size)
+        if layout is None:
+            layout = self._layouts[size] = self._layout_of(size)
+        return layout
 
     @property
     def num_bytes(self) -> int:
@@ -106,7 +118,7 @@ class Sender:
             most: messages that the other end may not have asked for yet; with one more under way the
                 oldest must have gone, so waiting for it costs nothing.
         """
-        self._id, self._sizes, self._most = step, sizes, most
+        self._id, self._sizes, self._most = step, sizes, self.pool.window(sizes, most)
         self.pool.keep_only(set(sizes))
 
     def send(self, microbatch: int, tensors: Sequence[torch.Tensor | None]) -> None:
@@ -175,9 +187,10 @@ class Receiver:
             step: what the frames must carry.
             sizes: samples of each micro-batch.
             order: micro-batches in the order of their use.
-            most: frames that may be in use at once, those that arrive and those that are held.
+            most: frames that may be in use at once, those that arrive and those that are held; small ones
+                may be more.
         """
-        self._id, self._sizes, self._most = step, sizes, most
+        self._id, self._sizes, self._most = step, sizes, self.pool.window(sizes, most)
         self._queue = deque(order if self.inbox is None else ())
         self.pool.keep_only(set(sizes))
 
