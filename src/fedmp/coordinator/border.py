@@ -13,7 +13,8 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,12 +58,15 @@ async def stream_to_file(request: Request, path: Path, *, max_bytes: int, limits
     num_bytes = 0
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        async for chunk in _chunks(request, limits):
-            num_bytes += len(chunk)
-            if num_bytes > max_bytes:
-                raise RefusedError(f"the body has more than {max_bytes} bytes", status=413, reason="too-long")
-            digest.update(chunk)
-            file.write(chunk)
+        async with aclosing(_chunks(request, limits)) as chunks:
+            async for chunk in chunks:
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise RefusedError(
+                        f"the body has more than {max_bytes} bytes", status=413, reason="too-long"
+                    )
+                digest.update(chunk)
+                file.write(chunk)
     if not hmac.compare_digest(digest.digest(), expected):
         raise RefusedError(
             f"the body's {num_bytes} bytes do not have the digest that was announced; send it again",
@@ -79,12 +83,13 @@ async def read_message(request: Request, kind: type[Message], limits: Limits) ->
         RefusedError: it is too long, too slow, breaks off, or is not valid.
     """
     body = bytearray()
-    async for chunk in _chunks(request, limits):
-        body += chunk
-        if len(body) > limits.max_message_bytes:
-            raise RefusedError(
-                f"a message has at most {limits.max_message_bytes} bytes", status=413, reason="too-long"
-            )
+    async with aclosing(_chunks(request, limits)) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > limits.max_message_bytes:
+                raise RefusedError(
+                    f"a message has at most {limits.max_message_bytes} bytes", status=413, reason="too-long"
+                )
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
@@ -117,32 +122,68 @@ def _announced_digest(request: Request) -> bytes:
     return digest
 
 
-async def _chunks(request: Request, limits: Limits) -> AsyncIterator[bytes]:
+async def _chunks(request: Request, limits: Limits) -> AsyncGenerator[bytes, None]:
     """The pieces of a body, as long as it gets on."""
-    stream = request.stream().__aiter__()
     started_s = time.monotonic()
     num_bytes = 0
-    while True:
+    with _Watchdog(limits.stall_timeout_s) as watchdog:
         try:
-            chunk = await asyncio.wait_for(stream.__anext__(), limits.stall_timeout_s)
-        except StopAsyncIteration:
-            return
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                graced_s = time.monotonic() - started_s - limits.stall_timeout_s
+                if num_bytes < graced_s * limits.min_bytes_per_s:
+                    raise RefusedError(
+                        f"the body comes at less than {limits.min_bytes_per_s:g} bytes a second",
+                        status=408,
+                        reason="stalled",
+                    )
+                yield chunk
+                watchdog.pat()
         except ClientDisconnect:
             raise RefusedError(
                 f"the body broke off after {num_bytes} bytes", status=400, reason="broken-off"
             ) from None
-        except (asyncio.TimeoutError, TimeoutError):
+        except asyncio.CancelledError:
+            if not watchdog.has_bitten:
+                raise
             raise RefusedError(
                 f"no byte of the body came for {limits.stall_timeout_s:g} s, after {num_bytes}",
                 status=408,
                 reason="stalled",
             ) from None
-        num_bytes += len(chunk)
-        graced_s = time.monotonic() - started_s - limits.stall_timeout_s
-        if num_bytes < graced_s * limits.min_bytes_per_s:
-            raise RefusedError(
-                f"the body comes at less than {limits.min_bytes_per_s:g} bytes a second",
-                status=408,
-                reason="stalled",
-            )
-        yield chunk
+
+
+class _Watchdog:
+    """Cancels the current task once it has not been patted for so long.
+
+    One timer for a whole body: `asyncio.wait_for` would make a task for each piece, which costs as much as
+    reading it.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self.has_bitten = False
+
+    def __enter__(self) -> _Watchdog:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self.pat()
+        self._timer = self._loop.call_later(self._patience_s, self._look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self.has_bitten and self._task is not None and hasattr(self._task, "uncancel"):
+            self._task.uncancel()
+
+    def pat(self) -> None:
+        """All is well."""
+        self._patted_s = self._loop.time()
+
+    def _look(self) -> None:
+        left_s = self._patted_s + self._patience_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+        elif self._task is not None:
+            self.has_bitten = True
+            self._task.cancel()
