@@ -23,6 +23,7 @@ from fedmp.errors import ConfigError, FedmpError
 from fedmp.graph import CutRules
 from fedmp.partition.api import Costs
 from fedmp.pipeline import PipelineSettings
+from fedmp.records import Fault
 from fedmp.topology import Topology
 
 __all__ = ["CentralizedConfig", "RunConfig", "config_dir", "load_config"]
@@ -88,6 +89,7 @@ class RunConfig(BaseModel):
     run_dir: Path | None = None
     resume: Path | None = None
     trace: bool = False
+    faults: tuple[Fault, ...] = ()
     quiet: bool = False
 
     def job(self) -> Job:
@@ -125,6 +127,7 @@ class RunConfig(BaseModel):
             federated_evaluation=self.federated_evaluation,
             centralized=central.build() if central else None,
             trace=self.trace,
+            faults=self.faults,
             title=self.title,
         )
 

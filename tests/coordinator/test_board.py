@@ -74,17 +74,17 @@ def test_a_wait_ends_as_soon_as_the_last_stage_reports() -> None:
 
 def test_a_cause_ends_the_wait_at_once_with_its_own_kind_of_error() -> None:
     board = opened()
-    board.failed(FailureReport(kind="TrainingError", message="the loss is nan", round=3))
+    board.failed(MEMBERS["ann0"], FailureReport(kind="TrainingError", message="the loss is nan", round=3))
     with pytest.raises(TrainingError, match="the loss is nan"):
         board.wait_for_cohort(timeout_s=60)
 
 
 def test_a_cause_is_told_rather_than_the_losses_that_follow_from_it() -> None:
     board = opened()
-    board.failed(FailureReport(kind="PipelineError", message="lost stage 1", round=3))
+    board.failed(MEMBERS["ann0"], FailureReport(kind="PipelineError", message="lost stage 1", round=3))
     assert board.wait_for_cohort(timeout_s=0) is False, "the cause has a moment to become known"
-    board.failed(FailureReport(kind="TrainingError", message="the loss is nan", round=3))
-    board.failed(FailureReport(kind="PipelineError", message="lost stage 0", round=3))
+    board.failed(MEMBERS["ann0"], FailureReport(kind="TrainingError", message="the loss is nan", round=3))
+    board.failed(MEMBERS["ann0"], FailureReport(kind="PipelineError", message="lost stage 0", round=3))
     with pytest.raises(TrainingError, match="the loss is nan"):
         board.wait_for_cohort(timeout_s=0)
 
@@ -92,7 +92,7 @@ def test_a_cause_is_told_rather_than_the_losses_that_follow_from_it() -> None:
 def test_a_loss_whose_cause_stays_unknown_is_told_after_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmp.coordinator.board._CAUSE_S", 0.0)
     board = opened()
-    board.failed(FailureReport(kind="PipelineError", message="lost stage 1", round=3))
+    board.failed(MEMBERS["ann0"], FailureReport(kind="PipelineError", message="lost stage 1", round=3))
     with pytest.raises(PipelineError, match="lost stage 1"):
         board.wait_for_cohort(timeout_s=60)
 
@@ -100,7 +100,7 @@ def test_a_loss_whose_cause_stays_unknown_is_told_after_a_moment(monkeypatch: py
 @pytest.mark.parametrize("kind", ["Surprise", "ConfigError", "SystemExit", "os.system"])
 def test_a_kind_of_failure_that_devices_do_not_have_becomes_a_round_error(kind: str) -> None:
     board = opened()
-    board.failed(FailureReport(kind=kind, message="what?", round=3))
+    board.failed(MEMBERS["ann0"], FailureReport(kind=kind, message="what?", round=3))
     with pytest.raises(RoundError, match=r"what\?") as error:
         board.wait_for_cohort(timeout_s=60)
     assert isinstance(error.value, FedmpError)

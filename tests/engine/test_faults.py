@@ -1,4 +1,4 @@
-"""Devices that die, hang or diverge: the run ends soon, says why, and leaves no process.
+"""Devices that die, hang or diverge where nothing heals: the run ends soon, says why, and leaves no process.
 
 `tests/conftest.py` fails every test here that leaves a process behind.
 """
@@ -26,6 +26,7 @@ from tests.support.jobs import run, sgd, tiny_job, topology
 
 # a round that would take hours, so that whatever happens does so in the middle of it
 ENDLESS = FedAvg(local_steps=1_000_000)
+FRAGILE = LocalEngine(heal=False)
 SOON_S = 15.0  # seconds from the fault to the end; a few on an idle machine
 
 
@@ -57,14 +58,14 @@ def test_a_device_killed_in_the_middle_of_a_round_ends_the_run_and_is_named(
     with pytest.raises(
         FederationError, match=rf"device {device} of c0 \(stage \d\) was killed by SIGKILL .*-9"
     ):
-        job.run("local", run_dir=tmp_path / "run", observe=observe)
+        job.run(FRAGILE, run_dir=tmp_path / "run", observe=observe)
     assert time.monotonic() - sent[0] < SOON_S
 
 
 def test_a_device_killed_while_the_pipeline_comes_up_is_named(tmp_path: Path) -> None:
     observe, sent = send(signal.SIGKILL, "c1", "d1", RoundStarted)
     with pytest.raises(FederationError, match=r"device d1 of c1 .* was killed by SIGKILL"):
-        tiny_job(strategy=ENDLESS).run("local", run_dir=tmp_path / "run", observe=observe)
+        tiny_job(strategy=ENDLESS).run(FRAGILE, run_dir=tmp_path / "run", observe=observe)
     assert time.monotonic() - sent[0] < SOON_S
 
 
@@ -72,7 +73,7 @@ def test_the_only_device_of_a_client_killed_is_named(tmp_path: Path) -> None:
     observe, _ = send(signal.SIGKILL, "c0", "d0", Progress)
     with pytest.raises(FederationError, match=r"device d0 of c0 .* was killed by SIGKILL"):
         tiny_job(topology=topology(1), strategy=ENDLESS).run(
-            "local", run_dir=tmp_path / "run", observe=observe
+            FRAGILE, run_dir=tmp_path / "run", observe=observe
         )
 
 
@@ -80,7 +81,7 @@ def test_a_device_that_hangs_is_noticed_at_the_transfer_deadline(tmp_path: Path)
     observe, sent = send(signal.SIGSTOP, "c0", "d1", Progress)
     job = tiny_job(topology=topology(2), strategy=ENDLESS)
     with pytest.raises(DeadlineError, match=r"device d0 of c0 \(stage 0\): stage 1 was silent for 2 s"):
-        job.run(LocalEngine(transfer_timeout_s=2), run_dir=tmp_path / "run", observe=observe)
+        job.run(LocalEngine(heal=False, transfer_timeout_s=2), run_dir=tmp_path / "run", observe=observe)
     assert time.monotonic() - sent[0] < 2 + SOON_S
 
 
@@ -132,7 +133,7 @@ def test_a_run_after_a_failed_one_works(tmp_path: Path) -> None:
     """The fork server that the failed run used is the next one's too."""
     observe, _ = send(signal.SIGKILL, "c0", "d0", RoundStarted)
     with pytest.raises(FederationError):
-        tiny_job(topology=topology(2), rounds=1).run("local", run_dir=tmp_path / "run", observe=observe)
+        tiny_job(topology=topology(2), rounds=1).run(FRAGILE, run_dir=tmp_path / "run", observe=observe)
     result = run(tiny_job(topology=topology(2), rounds=1), tmp_path / "run", "local")
     assert [record.round for record in result.history] == [1]
 

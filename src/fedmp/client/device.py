@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from fedmp.client.federation import Federation, HttpFederation
+from fedmp.client.meeting import Meeting, Place, meet, stages_text
+from fedmp.client.sabotage import Saboteur
 from fedmp.client.training import LocalTrainer, LocalWork, throttled
 from fedmp.data import Dataset
-from fedmp.errors import DeadlineError, FederationError, FedmpError, RefusedError
-from fedmp.pipeline import (
-    BatchResult,
-    DeviceRunner,
-    DistributedTransport,
-    RunnerOptions,
-    host_rendezvous,
-    join_rendezvous,
-)
+from fedmp.errors import FederationError, FedmpError, PipelineError, RefusedError, TrainingError
+from fedmp.pipeline import BatchResult, DeviceRunner, RunnerOptions, Transport
 from fedmp.records import (
-    Address,
     DeviceReport,
     FailureReport,
+    Fault,
     Instruction,
     ProgressReport,
     Ready,
@@ -42,7 +36,7 @@ __all__ = ["DeviceSpec", "run_device", "serve_job"]
 _TIMELINE_STEP = 1
 _PROGRESS_S = 0.5
 _ROUND_IS_OVER = 409
-_ANNOUNCE_S = 1.0
+_ASK_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,8 @@ class DeviceSpec:
         num_threads: for torch on the CPU; 0 leaves torch's default.
         timeout_s: deadline of one transfer between devices.
         ready: what it tells a coordinator that does not know it; None where every coordinator does.
+        heartbeat_s: how often it tells that it is alive.
+        faults: what shall go wrong on it.
     """
 
     url: str
@@ -91,6 +87,8 @@ class DeviceSpec:
     num_threads: int = 1
     timeout_s: float = 60.0
     ready: Ready | None = None
+    heartbeat_s: float = 5.0
+    faults: tuple[Fault, ...] = ()
 
 
 def run_device(spec: DeviceSpec) -> int:
@@ -122,14 +120,31 @@ def serve_job(spec: DeviceSpec, federation: Federation) -> Instruction:
         torch.set_num_threads(spec.num_threads)
     current = _CurrentRound()
     try:
-        return _Device(spec, federation, current).run()
+        with _heartbeat(federation, spec.heartbeat_s):
+            return _Device(spec, federation, current).run()
     except FedmpError as error:
-        _give_up(federation, spec, current.number, type(error).__name__, str(error))
+        _report_failure(federation, spec, current.number, error)
         raise
     except Exception as error:  # whatever it is, the coordinator must hear of it
-        text = f"{type(error).__name__}: {error}"
-        _give_up(federation, spec, current.number, "FederationError", text)
-        raise FederationError(text) from error
+        failure = FederationError(f"{type(error).__name__}: {error}")
+        _report_failure(federation, spec, current.number, failure)
+        raise failure from error
+
+
+@contextlib.contextmanager
+def _heartbeat(federation: Federation, interval_s: float) -> Iterator[None]:
+    """Tell the coordinator now and then that this process is not hanging, whatever it waits for."""
+    is_done = threading.Event()
+
+    def beat() -> None:
+        while not is_done.wait(interval_s):
+            federation.beat()
+
+    threading.Thread(target=beat, name="fedmp-heartbeat", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_done.set()
 
 
 class _CurrentRound:
@@ -143,15 +158,94 @@ class _Device:
         self._spec = spec
         self._federation = federation
         self._current = current
-        self._address: Address | None = None
-        self._transport = self._join_pipeline()
+        self._process = os.urandom(8).hex()
+        self._generation = -1
+        self._meeting: Meeting | None = None
         self._stages = [Stage(blueprint).materialize(spec.torch_device) for blueprint in spec.blueprints]
         self._timeline: list[TimedAction] = []
-        self._trained_before = self._has_timeline = False
+        self._has_timeline = False
+        self._kept: dict[str, torch.Tensor] = {}
+        self._kept_round = 0
+        self._runner: DeviceRunner | None = None
+        self._saboteur = Saboteur(spec.faults) if spec.faults else None
+
+    def run(self) -> Instruction:
+        """Ask what to do, do it, and again; returns the instruction that ends the job."""
+        try:
+            while (instruction := self._ask()).kind not in ("stop", "next"):
+                if instruction.kind == "train":
+                    self._try(instruction)
+                elif instruction.kind == "join":
+                    self._rejoin()
+            return instruction
+        finally:
+            self._leave()
+
+    def _ask(self) -> Instruction:
+        return self._federation.instruction(self._process)
+
+    def _try(self, instruction: Instruction) -> None:
+        """Train a round; if the pipeline breaks, say so, and ask again."""
+        self._current.number = instruction.round
+        try:
+            if self._saboteur is not None:
+                self._saboteur.begin(instruction.round, instruction.attempt)
+            if self._runner is None or instruction.generation > self._generation:
+                self._meet(instruction.generation)
+            self._train(instruction.round)
+        except _GenerationIsOverError:
+            self._leave()
+        except PipelineError as error:
+            self._leave()  # before anything else, so that the neighbours notice
+            _report_failure(self._federation, self._spec, instruction.round, error, max(self._generation, 0))
+            self._wait_for_news()
+
+    def _wait_for_news(self) -> None:
+        """Until the coordinator has another instruction than the one that failed."""
+        while True:
+            instruction = self._ask()
+            if instruction.kind != "train" or instruction.generation > self._generation:
+                return
+            time.sleep(_ASK_AGAIN_S)
+
+    def _rejoin(self) -> None:
+        """The coordinator was started anew and does not know us any more."""
+        assert self._spec.ready is not None
+        if self._spec.rank == 0 and self._meeting is not None:
+            self._federation.publish_address(self._meeting.address)
+        self._federation.ready(self._spec.ready)
+
+    def _meet(self, generation: int) -> None:
+        """Bring the pipeline up with the client's other devices."""
+        spec = self._spec
+        self._leave()
+        self._generation = generation
+        transport: Transport | None = None
+        if len(spec.placement) > 1:
+            place = Place(
+                spec.client,
+                spec.device,
+                spec.rank,
+                spec.placement,
+                spec.host,
+                spec.backend,
+                spec.torch_device,
+                spec.timeout_s,
+            )
+            if self._saboteur is not None:
+                self._saboteur.at("meet")
+            self._meeting = meet(place, self._federation, generation, check=self._check_generation)
+            transport = self._meeting.transport
+            self._generation = self._meeting.address.number
+            if self._saboteur is not None:
+                transport = self._saboteur.wrap(transport)
+        if self._runner is not None:
+            self._runner.reconnect(transport)
+            return
         self._runner = DeviceRunner(
             self._stages,
             spec.task,
-            self._transport,
+            transport,
             device=spec.rank,
             placement=spec.placement,
             options=spec.options,
@@ -165,64 +259,28 @@ class _Device:
             num_samples=spec.num_samples,
         )
 
-    def run(self) -> Instruction:
-        """Ask what to do, do it, and again; returns the instruction that ends the job."""
-        try:
-            while (instruction := self._federation.instruction()).kind not in ("stop", "next"):
-                if instruction.kind == "train":
-                    self._current.number = instruction.round
-                    self._train(instruction.round)
-                elif instruction.kind == "join":
-                    self._rejoin()
-            return instruction
-        finally:
-            if self._transport is not None:
-                self._transport.close()
+    def _check_generation(self, generation: int) -> None:
+        instruction = self._ask()
+        if instruction.kind == "join":
+            self._rejoin()
+        elif instruction.kind != "wait" and (
+            instruction.kind != "train" or instruction.generation > generation
+        ):
+            raise _GenerationIsOverError(f"generation {generation} is over")
 
-    def _rejoin(self) -> None:
-        """The coordinator was started anew and does not know us any more."""
-        assert self._spec.ready is not None
-        if self._spec.rank == 0 and self._address is not None:
-            self._federation.publish_address(self._address)
-        self._federation.ready(self._spec.ready)
-
-    def _join_pipeline(self) -> DistributedTransport | None:
-        """Meet the client's other devices; its first device hosts the rendezvous."""
-        spec = self._spec
-        if len(spec.placement) == 1:
-            return None
-        if spec.host in ("127.0.0.1", "::1", "localhost"):
-            loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-            if loopback is not None:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        if spec.rank == 0:
-            rendezvous = host_rendezvous(spec.host, timeout_s=spec.timeout_s)
-            address = Address(host=spec.host, port=rendezvous.port, secret=os.urandom(16).hex())
-            self._federation.publish_address(address)
-            announced: contextlib.AbstractContextManager[None] = _announced(self._federation, address)
-        else:
-            announced = contextlib.nullcontext()
-            address = _find_address(spec, self._federation)
-            rendezvous = join_rendezvous(address.host, address.port, timeout_s=spec.timeout_s)
-        self._address = address
-        with announced:
-            return DistributedTransport(
-                rendezvous,
-                rank=spec.rank,
-                world_size=len(spec.placement),
-                prefix=f"fedmp/{spec.client}/{address.secret}",
-                device=spec.torch_device,
-                backend=spec.backend,
-                timeout_s=spec.timeout_s,
-                names=[_stages_text(own) for own in spec.placement],
-            )
+    def _leave(self) -> None:
+        """Leave the pipeline, whatever is under way."""
+        if self._meeting is not None:
+            self._meeting.transport.close()
+            self._meeting = None
 
     def _train(self, round: int) -> None:
+        assert self._runner is not None
         before = self._pull(round)
         bytes_before = self._runner.bytes_sent
         evaluation = self._trainer.evaluate(round=round) if self._spec.work.evaluate_first else BatchResult()
         started_s = time.monotonic()
-        result = self._trainer.train(round=round, on_step=self._step_watcher(round))
+        result = self._trainer.train(round=round, on_step=self._step_watcher(self._runner, round))
         update = difference(self._trained(), before)
         report = DeviceReport(
             num_examples=self._spec.work.num_examples(self._spec.num_samples),
@@ -237,11 +295,21 @@ class _Device:
             timeline=tuple(
                 (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s) for a in self._timeline
             ),
-            generation=self._address.generation if self._address else "",
+            generation=self._meeting.address.generation if self._meeting else "",
         )
+        self._has_timeline |= bool(self._timeline)
         self._timeline = []
+        self._push(round, update, report)
+
+    def _push(self, round: int, update: dict[str, torch.Tensor], report: DeviceReport) -> None:
+        fault = self._saboteur.at("push") if self._saboteur is not None else None
+        if self._saboteur is not None and fault is not None and fault.kind == "corrupt":
+            with contextlib.suppress(RefusedError):
+                self._federation.push(round, self._saboteur.spoil(update), report)
         try:
             self._federation.push(round, update, report)
+            if fault is not None and fault.kind == "drop":  # its acknowledgement: it is sent again
+                self._federation.push(round, update, report)
         except RefusedError as error:
             if error.status != _ROUND_IS_OVER:
                 raise
@@ -249,17 +317,27 @@ class _Device:
 
     def _pull(self, round: int) -> dict[str, torch.Tensor]:
         """Load the round's global stages; buffers that are kept local stay after the first round."""
+        if self._saboteur is not None:
+            self._saboteur.at("pull")
         before = self._federation.pull(round)
-        keeps = self._spec.keep_statistics_local and round > 1 and self._trained_before
+        if self._spec.keep_statistics_local and round != self._kept_round:
+            # as they were when the round began: an attempt that is disturbed changes them
+            self._kept = self._statistics() if self._kept_round else {}
+            self._kept_round = round
         for stage in self._stages:
-            state = stage.blueprint.state
-            loaded = {name: before[name] for name in state}
-            if keeps:
-                kept = [name for name, spec in state.items() if spec.kind == "buffer"]
-                loaded.update(zip(kept, stage.state_tensors(kept), strict=True))
-            stage.load_state(loaded)
-        self._trained_before = True
+            stage.load_state({name: self._kept.get(name, before[name]) for name in stage.blueprint.state})
         return before
+
+    def _statistics(self) -> dict[str, torch.Tensor]:
+        """A copy of the buffers of its stages."""
+        return {
+            name: tensor.clone()
+            for stage in self._stages
+            for name, tensor in zip(
+                stage.blueprint.state, stage.state_tensors(list(stage.blueprint.state)), strict=True
+            )
+            if stage.blueprint.state[name].kind == "buffer"
+        }
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """What local training changed, each tensor from the stage that owns it."""
@@ -271,7 +349,7 @@ class _Device:
             trained.update({name: owned[name].cpu() for name in names})
         return trained
 
-    def _step_watcher(self, round: int) -> Callable[[int, int, BatchResult], None]:
+    def _step_watcher(self, runner: DeviceRunner, round: int) -> Callable[[int, int, BatchResult], None]:
         """After each step: report progress now and then, and time the actions of one step."""
         spec = self._spec
         total = spec.work.num_examples(spec.num_samples)
@@ -279,13 +357,17 @@ class _Device:
         report = throttled(lambda: self._federation.progress(latest[-1]), _PROGRESS_S)
         steps = spec.work.num_steps(spec.num_samples)
         wanted = spec.record_timeline and not self._has_timeline
-        self._has_timeline |= wanted
+        self._timeline = []
         timed_step = min(_TIMELINE_STEP, steps - 1)
-        if wanted and timed_step == 0:
-            self._runner.observe = self._timeline.append
+        saboteur = self._saboteur
+        usual = saboteur.observer() if saboteur is not None else None
+        runner.observe = self._timeline.append if wanted and timed_step == 0 else usual
 
         def watch(step: int, samples_done: int, sums: BatchResult) -> None:
-            self._runner.observe = self._timeline.append if wanted and step + 1 == timed_step else None
+            runner.observe = self._timeline.append if wanted and step + 1 == timed_step else usual
+            if saboteur is not None:
+                saboteur.at("between")
+                saboteur.step = step + 1
             if spec.blueprints[-1].is_last:
                 loss = sums.loss_sum / max(sums.weight, 1e-12)
                 latest[:] = [
@@ -296,45 +378,18 @@ class _Device:
         return watch
 
 
-@contextlib.contextmanager
-def _announced(federation: Federation, address: Address) -> Iterator[None]:
-    """Say it again now and then: a coordinator that is started anew has forgotten it, and the others wait."""
-    is_done = threading.Event()
-
-    def announce() -> None:
-        while not is_done.wait(_ANNOUNCE_S):
-            with contextlib.suppress(FederationError):
-                federation.publish_address(address)
-
-    thread = threading.Thread(target=announce, name="fedmp-announce", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_done.set()
+class _GenerationIsOverError(PipelineError):
+    """The coordinator has told of another one."""
 
 
-def _find_address(spec: DeviceSpec, federation: Federation) -> Address:
-    deadline_s = time.monotonic() + spec.timeout_s
-    while time.monotonic() < deadline_s:
-        address = federation.address()
-        if address is not None:
-            return address
-        time.sleep(0.05)
-    raise DeadlineError(
-        f"device {spec.device} of {spec.client}: the client's first device did not come up "
-        f"within {spec.timeout_s:g} s"
-    )
-
-
-def _give_up(federation: Federation, spec: DeviceSpec, round: int, kind: str, message: str) -> None:
-    if kind != "TrainingError":
+def _report_failure(
+    federation: Federation, spec: DeviceSpec, round: int, error: FedmpError, generation: int = 0
+) -> None:
+    message = str(error)
+    if not isinstance(error, TrainingError):
         message = (
-            f"device {spec.device} of {spec.client} ({_stages_text(spec.placement[spec.rank])}): {message}"
+            f"device {spec.device} of {spec.client} ({stages_text(spec.placement[spec.rank])}): {message}"
         )
+    report = FailureReport(kind=type(error).__name__, message=message, round=round, generation=generation)
     with contextlib.suppress(FederationError):
-        federation.fail(FailureReport(kind=kind, message=message, round=round))
-
-
-def _stages_text(stages: Sequence[int]) -> str:
-    return f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"
+        federation.fail(report)

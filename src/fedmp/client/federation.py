@@ -54,8 +54,8 @@ class Federation(Protocol):
         """Say that this device can begin."""
         ...
 
-    def instruction(self) -> Instruction:
-        """What to do next; may take a while to answer."""
+    def instruction(self, process: str = "") -> Instruction:
+        """What to do next; may take a while to answer. A device that was started anew names another process."""
         ...
 
     def pull(self, round: int) -> dict[str, torch.Tensor]:
@@ -68,6 +68,10 @@ class Federation(Protocol):
 
     def progress(self, report: ProgressReport) -> None:
         """Say how far this client is; may be lost."""
+        ...
+
+    def beat(self) -> None:
+        """Say that this device is alive; may be lost."""
         ...
 
     def fail(self, report: FailureReport) -> None:
@@ -120,9 +124,10 @@ class HttpFederation:
         """Say that this device can begin."""
         return Joined.model_validate_json(self._send("PUT", "/v1/ready", message))
 
-    def instruction(self) -> Instruction:
+    def instruction(self, process: str = "") -> Instruction:
         """What to do next; the coordinator answers at once or within its long-poll time."""
-        return Instruction.model_validate_json(self._ask("GET", "/v1/instruction").data)
+        fields = {"process": process} if process else None
+        return Instruction.model_validate_json(self._ask("GET", "/v1/instruction", fields=fields).data)
 
     def pull(self, round: int) -> dict[str, torch.Tensor]:
         """The round's global stages; a transfer that breaks off is taken up again where it did."""
@@ -161,6 +166,11 @@ class HttpFederation:
         """Say how far this client is; not worth a second attempt."""
         with contextlib.suppress(FederationError):
             self._send("POST", "/v1/progress", report, patience_s=0.0)
+
+    def beat(self) -> None:
+        """Say that this device is alive; the next one will do if this one is lost."""
+        with contextlib.suppress(FederationError):
+            self._ask("POST", "/v1/alive", patience_s=0.0)
 
     def fail(self, report: FailureReport) -> None:
         """Say that this device cannot go on."""

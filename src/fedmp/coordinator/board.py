@@ -86,11 +86,29 @@ class Board:
     Args:
         members: every device, by its credential or whatever else tells them apart.
         joins: whether devices must say that they are ready before they are told to train.
+        attempts: of a client at one round; each after the first is made in a new generation of its pipeline.
+            With 1, the first broken pipeline ends the round.
+
+    Attributes:
+        members: replaced, never changed, when a client is planned anew.
+        bytes_up, bytes_down: of updates, and of stages handed out.
+        faults: devices that were lost.
+        recoveries: attempts that clients made after their first.
     """
 
-    def __init__(self, members: Mapping[str, Member], *, joins: bool = False) -> None:
-        self.members = dict(members)
+    def __init__(self, members: Mapping[str, Member], *, joins: bool = False, attempts: int = 1) -> None:
+        self.members: Mapping[str, Member] = dict(members)
         self._joins = joins
+        self._most_attempts = attempts
+        self._generations: dict[str, int] = {}
+        self._attempts: dict[str, int] = {}
+        self._begun: set[str] = set()
+        self._told_generation: dict[Member, int] = {}
+        self._processes: dict[Member, str] = {}
+        self._between: set[str] = set()  # clients whose pipeline is over, and the next one not up yet
+        self._void: set[tuple[str, int]] = set()
+        self._given_up: dict[str, str] = {}
+        self._incidents: list[str] = []
         self._ready: dict[Member, int | None] = {}
         self._told: set[Member] = set()
         self._changed = threading.Condition()
@@ -105,6 +123,8 @@ class Board:
         self._last_heard_s: dict[tuple[str, str], float] = {}
         self.bytes_up = 0
         self.bytes_down = 0
+        self.faults = 0
+        self.recoveries = 0
 
     # called by the round loop
 
@@ -122,6 +142,9 @@ class Board:
             self._cohort = tuple(cohort)
             self._reported = dict(reported or {})
             self._progress = {}
+            self._attempts = {}
+            self._begun = set()
+            self._given_up = {}
             self._instruction = Instruction(kind="train", round=round)
             self._notify()
 
@@ -148,7 +171,7 @@ class Board:
             return self._changed.wait_for(lambda: needed <= self._told, timeout_s)
 
     def wait_for_cohort(self, *, timeout_s: float) -> bool:
-        """Wait until every device of the cohort has reported, or something fails.
+        """Wait until every device of the cohort has reported that is still expected to, or something fails.
 
         Args:
             timeout_s: return False after so long.
@@ -167,6 +190,23 @@ class Board:
                 if left_s <= 0:
                     return False
                 self._changed.wait(left_s)
+
+    def finished(self) -> tuple[str, ...]:
+        """Clients of the cohort of which every device has reported."""
+        with self._changed:
+            absent = {client for client, _ in self._missing()}
+            return tuple(c for c in self._cohort if c not in absent and c not in self._given_up)
+
+    def given_up(self) -> dict[str, str]:
+        """Clients of the cohort that will not finish the open round, and why."""
+        with self._changed:
+            return dict(self._given_up)
+
+    def incidents(self) -> list[str]:
+        """What happened to clients' pipelines since this was last asked, for people."""
+        with self._changed:
+            incidents, self._incidents = self._incidents, []
+            return incidents
 
     def missing(self) -> dict[str, list[int]]:
         """Stages of the cohort that have not reported, by client."""
@@ -208,6 +248,49 @@ class Board:
                 bytes_down=self.bytes_down,
             )
 
+    # called by whoever starts devices
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a device reported what no new attempt would mend."""
+        with self._changed:
+            return self._failure is not None
+
+    def is_training(self, client: str) -> bool:
+        """Whether the open round still waits for this client."""
+        with self._changed:
+            return any(name == client for name, _ in self._missing())
+
+    def lost(self, incident: str) -> None:
+        """A device is gone."""
+        with self._changed:
+            self.faults += 1
+            self._incidents.append(incident)
+
+    def give_up(self, client: str, reason: str) -> None:
+        """The client will not finish the open round."""
+        with self._changed:
+            self._given_up.setdefault(client, reason)
+            self._notify()
+
+    def replace_client(self, client: str, members: Mapping[str, Member]) -> set[int] | None:
+        """The client was planned anew: other devices, other stages. It begins the open round anew.
+
+        Returns:
+            Ranks of the old plan whose updates are void; None if nothing was replaced, since all of the
+            client's updates are in.
+        """
+        with self._changed:
+            if self._instruction.kind == "train" and client in self._cohort and not self.is_training(client):
+                return None
+            old = {member.rank for member in self.members.values() if member.client == client}
+            others = {key: member for key, member in self.members.items() if member.client != client}
+            self.members = {**others, **members}
+            if old:
+                self._begin_generation(client, "its model is cut anew")
+            self._void = {(name, rank) for name, rank in self._void if name != client}
+            return old
+
     # called by the service
 
     def join(self, member: Member, num_samples: int | None) -> int | None:
@@ -241,9 +324,15 @@ class Board:
         with self._changed:
             return self._samples_of(client)
 
-    def instruction_for(self, member: Member) -> Instruction:
-        """What a device should do now."""
+    def instruction_for(self, member: Member, process: str = "") -> Instruction:
+        """What a device should do now.
+
+        Args:
+            member: the device.
+            process: names its process; another one than before has lost what the earlier one knew.
+        """
         with self._changed:
+            self._meet_process(member, process)
             kind, round = self._instruction.kind, self._instruction.round
             if kind in ("stop", "next"):
                 self._told.add(member)
@@ -257,7 +346,14 @@ class Board:
                 return Instruction(kind="wait", round=round, reason="not in this round's cohort")
             if kind == "train" and (member.client, member.rank) in self._reported:
                 return Instruction(kind="wait", round=round, reason="this round's update is in")
-            return self._instruction
+            if kind == "train" and member.client in self._given_up:
+                return Instruction(kind="wait", round=round, reason=self._given_up[member.client])
+            if kind != "train":
+                return self._instruction
+            generation = self._told_generation[member] = self._generations.get(member.client, 0)
+            attempt = self._attempts.get(member.client, 1)
+            self._begun.add(member.client)
+            return Instruction(kind="train", round=round, generation=generation, attempt=attempt)
 
     def window(self, round: int) -> Literal["open", "over", "not yet", "never"]:
         """Whether a round takes requests: it is open, or over, or may open soon, or is nobody's business now."""
@@ -295,6 +391,8 @@ class Board:
             address = self._addresses.get(member.client)
             if address is not None and generation != address.generation:
                 return False
+            if address is None and generation and member.client in self._between:
+                return False
             self._reported[member.client, member.rank] = generation
             self.bytes_up += num_bytes
             self._notify()
@@ -311,9 +409,18 @@ class Board:
             if report.round == self._instruction.round:
                 self._progress[member.client] = report
 
-    def failed(self, report: FailureReport) -> None:
-        """A device cannot go on; a cause is kept rather than the losses that follow from it."""
+    def failed(self, member: Member, report: FailureReport) -> None:
+        """A device cannot go on; a cause is kept rather than the losses that follow from it.
+
+        A broken pipeline is brought up anew while the client has attempts left.
+        """
         with self._changed:
+            if self._most_attempts > 1 and (_is_consequence(report) or report.kind == FrameError.__name__):
+                if report.generation >= self._generations.get(member.client, 0):
+                    self._generations[member.client] = report.generation
+                    self._begin_generation(member.client, report.message)
+                self._notify()
+                return
             if self._failure is None:
                 self._failed_s = time.monotonic()
             if self._failure is None or (_is_consequence(self._failure) and not _is_consequence(report)):
@@ -328,16 +435,22 @@ class Board:
             them, and it did not get to make all of them.
         """
         with self._changed:
+            if address.number < self._generations.get(member.client, 0):
+                return []
+            self._generations[member.client] = address.number
             self._addresses[member.client] = address
-            void: list[int] = []
+            self._between.discard(member.client)
+            void = [rank for client, rank in self._void if client == member.client]
+            self._void -= {(member.client, rank) for rank in void}
             if member.client in {client for client, _ in self._missing()}:
-                void = [
+                old = [
                     rank
                     for (client, rank), generation in self._reported.items()
                     if client == member.client and generation != address.generation
                 ]
-            for rank in void:
-                del self._reported[member.client, rank]
+                void += old
+                for rank in old:
+                    del self._reported[member.client, rank]
             self._notify()
             return void
 
@@ -350,6 +463,35 @@ class Board:
         """Whether the cause is known, or has had its time to become known."""
         return not _is_consequence(failure) or time.monotonic() - self._failed_s > _CAUSE_S
 
+    def _meet_process(self, member: Member, process: str) -> None:
+        """Begin a new generation if the device was started anew in the midst of the present one."""
+        known = self._processes.get(member)
+        if process:
+            self._processes[member] = process
+        if process and known not in (None, process):
+            told = self._told_generation.pop(member, None)
+            if told == self._generations.get(member.client, 0):
+                self._begin_generation(member.client, f"device {member.device} was started anew")
+
+    def _begin_generation(self, client: str, incident: str) -> None:
+        """The client's pipeline is over; what it has not finished is void."""
+        self._generations[client] = self._generations.get(client, 0) + 1
+        self._addresses.pop(client, None)
+        self._between.add(client)
+        self._notify()
+        if not any(name == client for name, _ in self._missing()):
+            return
+        for name, rank in [key for key in self._reported if key[0] == client]:
+            del self._reported[name, rank]
+            self._void.add((name, rank))
+        if client not in self._begun:
+            return
+        attempt = self._attempts[client] = self._attempts.get(client, 1) + 1
+        self.recoveries += 1
+        self._incidents.append(f"{client} begins round {self._instruction.round} anew: {incident}")
+        if attempt > max(self._most_attempts, 1):
+            self._given_up[client] = f"{self._most_attempts} attempts failed, the last one: {incident}"
+
     def _notify(self) -> None:
         self._changed.notify_all()
         for listener in self._listeners:
@@ -359,7 +501,7 @@ class Board:
         return {
             (member.client, member.rank)
             for member in self.members.values()
-            if member.client in self._cohort and member.stages
+            if member.client in self._cohort and member.client not in self._given_up and member.stages
         } - self._reported.keys()
 
     def _samples_of(self, client: str) -> int | None:

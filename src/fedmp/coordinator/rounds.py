@@ -12,12 +12,12 @@ from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.journal import ClientUpdate, Journal
 from fedmp.errors import RoundError
-from fedmp.records import DeviceReport, Observer, Progress, RoundFinished, RoundRecord, RoundStarted
+from fedmp.records import DeviceReport, Note, Observer, Progress, RoundFinished, RoundRecord, RoundStarted
 from fedmp.strategy import Strategy
 
 __all__ = ["RoundSettings", "make_record", "run_rounds"]
 
-_WATCH_S = 0.2
+_WATCH_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RoundSettings:
     """What the round loop needs to know.
 
     Attributes:
-        num_devices: devices in each client's plan, by client, in client order.
+        clients: in client order.
         round_samples: samples that each client processes in one round; 0 while that is not known.
         predicted_s: seconds that each client's round takes by its plan and links; 0 alike.
         first_round, last_round: rounds to run, both included.
@@ -34,7 +34,7 @@ class RoundSettings:
         fingerprint: of the model's graph, for the checkpoints.
     """
 
-    num_devices: Mapping[str, int]
+    clients: Sequence[str]
     round_samples: Mapping[str, int]
     predicted_s: Mapping[str, float]
     first_round: int
@@ -81,23 +81,26 @@ def run_rounds(
     records = []
     for round in range(settings.first_round, settings.last_round + 1):
         started_s = time.monotonic()
-        bytes_before = (board.bytes_up, board.bytes_down)
-        cohort = strategy.cohort(list(settings.num_devices), round=round, seed=settings.seed)
+        before = (board.bytes_up, board.bytes_down, board.faults, board.recoveries)
+        cohort = strategy.cohort(settings.clients, round=round, seed=settings.seed)
         journal.open(round)
         board.open_round(round, cohort, journal.found({client: board.pushed_by(client) for client in cohort}))
         observe(RoundStarted(round, cohort, sum(settings.round_samples[client] for client in cohort)))
-        _wait(board, cohort, settings.round_timeout_s, watch, observe)
+        finished = _wait(board, cohort, strategy.min_clients, settings.round_timeout_s, watch, observe)
         board.close_round()
 
-        updates = {client: _update(journal, client, settings) for client in cohort}
+        updates = {client: _update(journal, client, len(board.pushed_by(client))) for client in finished}
         weights = [float(update.num_examples) for update in updates.values()]
         model.apply(aggregator.combine(list(updates.values()), weights))
 
         reports = {client: update.reports for client, update in updates.items()}
         record = make_record(round, reports, evaluate()).model_copy(
             update={
-                "bytes_up": board.bytes_up - bytes_before[0],
-                "bytes_down": board.bytes_down - bytes_before[1],
+                "bytes_up": board.bytes_up - before[0],
+                "bytes_down": board.bytes_down - before[1],
+                "faults": board.faults - before[2],
+                "recoveries": board.recoveries - before[3],
+                "sat_out": tuple(client for client in cohort if client not in finished),
                 "wall_s": time.monotonic() - started_s,
                 "simulated_s": max(settings.predicted_s[client] for client in cohort),
             }
@@ -131,23 +134,52 @@ def make_record(
 
 
 def _wait(
-    board: Board, cohort: Sequence[str], timeout_s: float, watch: Callable[[], None], observe: Observer
-) -> None:
+    board: Board,
+    cohort: Sequence[str],
+    min_clients: int | None,
+    timeout_s: float,
+    watch: Callable[[], None],
+    observe: Observer,
+) -> tuple[str, ...]:
+    """Wait for the cohort; returns the clients that finished the round.
+
+    Raises:
+        RoundError: too few will, or did in time.
+    """
+    minimum = len(cohort) if min_clients is None else min(min_clients, len(cohort))
     deadline_s = time.monotonic() + timeout_s
     told: dict[str, int] = {}
-    while not board.wait_for_cohort(timeout_s=_WATCH_S):
-        watch()
+    while True:
+        is_closed = board.wait_for_cohort(timeout_s=_WATCH_S)
+        if not is_closed:
+            watch()
+        for incident in board.incidents():
+            observe(Note(incident))
         for client, report in board.progress().items():
             if told.get(client) != report.samples_done:
                 told[client] = report.samples_done
                 observe(
                     Progress(report.round, client, report.samples_done, report.samples_total, report.loss)
                 )
-        if time.monotonic() > deadline_s:
-            raise RoundError(_explain(board, cohort, timeout_s))
+        given_up, finished = board.given_up(), board.finished()
+        if len(cohort) - len(given_up) < minimum:
+            why = "; ".join(f"{client}: {reason}" for client, reason in given_up.items())
+            raise RoundError(
+                f"{len(cohort) - len(given_up)} of {len(cohort)} clients are left in the round, "
+                f"{_needed(minimum, cohort)}; {why}. What was committed is safe: mend it and resume the run"
+            )
+        is_late = time.monotonic() > deadline_s
+        if is_late and len(finished) < minimum:
+            raise RoundError(_explain(board, cohort, minimum, timeout_s))
+        if is_late or (is_closed and len(finished) >= minimum):
+            return finished
 
 
-def _explain(board: Board, cohort: Sequence[str], timeout_s: float) -> str:
+def _needed(minimum: int, cohort: Sequence[str]) -> str:
+    return "all are needed" if minimum == len(cohort) else f"{minimum} are needed"
+
+
+def _explain(board: Board, cohort: Sequence[str], minimum: int, timeout_s: float) -> str:
     missing = board.missing()
     silent = [
         f"{client} (stage {', '.join(map(str, stages))}) "
@@ -159,13 +191,13 @@ def _explain(board: Board, cohort: Sequence[str], timeout_s: float) -> str:
         for client, stages in missing.items()
     ]
     return (
-        f"{len(cohort) - len(missing)} of {len(cohort)} clients reported within {timeout_s:g} s, all are "
-        f"needed; missing: {'; '.join(silent)}"
+        f"{len(board.finished())} of {len(cohort)} clients reported within {timeout_s:g} s, "
+        f"{_needed(minimum, cohort)}; missing: {'; '.join(silent)}"
     )
 
 
-def _update(journal: Journal, client: str, settings: RoundSettings) -> ClientUpdate:
-    update = journal.update_of(client, settings.num_devices[client])
+def _update(journal: Journal, client: str, num_devices: int) -> ClientUpdate:
+    update = journal.update_of(client, num_devices)
     assert update is not None
     return update
 

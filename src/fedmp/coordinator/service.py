@@ -14,10 +14,11 @@ import hmac
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -137,6 +138,7 @@ class CoordinatorService:
         add("/v1/rounds/{round}/stage", self.pull, methods=["GET"], response_model=None)
         add("/v1/rounds/{round}/update", self.push, methods=["PUT"], openapi_extra=_TENSORS)
         add("/v1/progress", self.progress, methods=["POST"], status_code=204, openapi_extra=_JSON)
+        add("/v1/alive", self.alive, methods=["POST"], status_code=204)
         add("/v1/failure", self.failure, methods=["POST"], status_code=204, openapi_extra=_JSON)
         add("/v1/address", self.publish_address, methods=["PUT"], status_code=204, openapi_extra=_JSON)
         add("/v1/address", self.address, methods=["GET"])
@@ -184,7 +186,9 @@ class CoordinatorService:
             raise RefusedError("that is not the job that is offered here", status=409, reason="wrong-job")
         return Joined(num_samples=self._board.join(member, message.num_samples))
 
-    async def instruction(self, request: Request) -> Instruction:
+    async def instruction(
+        self, request: Request, process: Annotated[str, Query(max_length=64)] = ""
+    ) -> Instruction:
         """What the asking device should do now; held back while that is to wait."""
         member = self._member(request)
         loop = asyncio.get_running_loop()
@@ -193,7 +197,7 @@ class CoordinatorService:
             news = asyncio.Event()
             self._waiting.add(news)
             try:
-                instruction = self._board.instruction_for(member)
+                instruction = self._board.instruction_for(member, process)
                 if instruction.kind != "wait" or loop.time() >= deadline_s or self._is_closing:
                     return instruction
                 with contextlib.suppress(asyncio.TimeoutError):
@@ -269,10 +273,14 @@ class CoordinatorService:
         member = self._member(request)
         self._board.progressed(member, await read_message(request, ProgressReport, self._limits))
 
+    async def alive(self, request: Request) -> None:
+        """Note that a device is not hanging."""
+        self._member(request)
+
     async def failure(self, request: Request) -> None:
         """Note that a device cannot go on."""
-        self._member(request)
-        self._board.failed(await read_message(request, FailureReport, self._limits))
+        member = self._member(request)
+        self._board.failed(member, await read_message(request, FailureReport, self._limits))
 
     async def publish_address(self, request: Request) -> None:
         """Note where a client's first device listens."""
@@ -380,10 +388,15 @@ def _explain(error: Exception) -> tuple[int, str, str]:
 
 def _by_token(board: Board) -> Callable[[str], Member]:
     """The board's members by the hash of their credential."""
-    members = {_digest(token): member for token, member in board.members.items()}
+    known: Mapping[str, Member] = {}
+    by_digest: dict[bytes, Member] = {}
 
     def identify(token: str) -> Member:
-        member = members.get(_digest(token))
+        nonlocal known, by_digest
+        if board.members is not known:
+            known = board.members
+            by_digest = {_digest(token): member for token, member in known.items()}
+        member = by_digest.get(_digest(token))
         if member is None:
             raise RefusedError("unknown credential", status=401, reason="unknown-credential")
         return member

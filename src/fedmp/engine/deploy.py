@@ -50,6 +50,7 @@ class DeployEngine(Component):
         round_timeout_s: a round that takes longer fails; in the first one devices may still be starting.
         farewell_s: how long to wait at the end until every device has heard of it.
         stall_timeout_s: longest pause within a transfer.
+        attempts: of a client at one round, whose pipeline breaks or whose devices are started anew.
         more_to_come: send devices on to a next job at the end instead of home.
     """
 
@@ -65,6 +66,7 @@ class DeployEngine(Component):
     round_timeout_s: float = Field(default=24 * 3600.0, gt=0)
     farewell_s: float = Field(default=15.0, ge=0)
     stall_timeout_s: float = Field(default=30.0, gt=0)
+    attempts: int = Field(default=8, ge=1)
     more_to_come: bool = False
 
     @property
@@ -118,7 +120,7 @@ class DeployEngine(Component):
         """
         prepared = session.prepared
         members = {f"{member.client}/{member.device}": member for member in members_of(prepared)}
-        board = Board(members, joins=True)
+        board = Board(members, joins=True, attempts=self.attempts)
         journal = Journal(session.journal_folder, prepared.graph.state)
         settings = round_settings(session, self.round_timeout_s)
         timelines = Timelines()

@@ -175,6 +175,7 @@ def _prepare(
         num_threads=settings.num_threads,
         timeout_s=settings.transfer_timeout_s,
         ready=ready,
+        faults=tuple(f for f in job.faults if f.device == f"{offer.client}/{offer.device}"),
     )
 
 

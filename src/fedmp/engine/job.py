@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedmp.learning_rate import Constant, LearningRate
 from fedmp.partition import Partitioner
 from fedmp.partition.api import Costs
 from fedmp.pipeline import PipelineSettings
-from fedmp.records import Observer, Plan, RoundRecord, Summary
+from fedmp.records import Fault, Observer, Plan, RoundRecord, Summary
 from fedmp.schedule import OneFOneB, PlacedSchedule, Schedule
 from fedmp.strategy import FedAvg, Strategy
 from fedmp.tasks import CrossEntropy, Task
@@ -82,6 +83,7 @@ class Job:
         federated_evaluation: evaluate each round's starting model on the clients' own data.
         centralized: train centrally as well, to compare; None does not.
         trace: write a picture and a trace file of one measured step of each client; engine "local" only.
+        faults: what shall go wrong with which device, to see what becomes of the training.
 
     Example:
         >>> job = Job(model=model, topology=topology, data=(x, y, x_test, y_test))  # doctest: +SKIP
@@ -113,6 +115,7 @@ class Job:
     federated_evaluation: bool = False
     centralized: Centralized | None = None
     trace: bool = False
+    faults: tuple[Fault, ...] = ()
     title: str = "fedmp"
 
     def __post_init__(self) -> None:
@@ -123,6 +126,17 @@ class Job:
             raise ConfigError(
                 f"max_gradient_norm is {self.max_gradient_norm}; it must be above 0, or null for no clipping"
             )
+        devices = {f"{client.name}/{d.name}" for client in self.topology.clients for d in client.devices}
+        for fault in self.faults:
+            if fault.device not in devices:
+                near = difflib.get_close_matches(fault.device, devices, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(devices)[:8])}"
+                raise ConfigError(f"faults: no device is called {fault.device!r}; {hint}")
+            if fault.microbatch is not None and fault.microbatch >= self.num_microbatches:
+                raise ConfigError(
+                    f"faults: micro-batch {fault.microbatch} of {fault.device} never comes; "
+                    f"there are {self.num_microbatches}, counted from 0"
+                )
 
     def optimizer_copies(self) -> float:
         """State that the client optimizer keeps, in units of the parameters' size."""

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.forkserver
-import os
-import secrets
-import signal
-import threading
 import time
-from multiprocessing.process import BaseProcess
+from functools import partial
 
 from pydantic import Field
 
-from fedmp.client import DeviceSpec, run_device
+from fedmp.client import DeviceSpec
 from fedmp.component import Component
-from fedmp.coordinator import (
-    Board,
-    CoordinatorService,
-    Journal,
-    Member,
-    check_address,
-    run_rounds,
-)
-from fedmp.engine.members import members_of
-from fedmp.engine.prepare import Prepared, part_of
+from fedmp.coordinator import Board, CoordinatorService, Journal, Member, check_address, run_rounds
+from fedmp.engine.fleet import Fleet
+from fedmp.engine.prepare import ClientSetup, Prepared, part_of
 from fedmp.engine.session import Outcome, Session, Timelines, evaluator, round_settings
-from fedmp.errors import FederationError
 
 __all__ = ["LocalEngine"]
 
-_GRACE_S = 3.0
+_HEARTBEAT_S = 5.0
 
 
 class LocalEngine(Component):
@@ -43,6 +31,11 @@ class LocalEngine(Component):
         num_threads: of each device process.
         round_timeout_s: a round that takes longer fails.
         transfer_timeout_s: deadline of one transfer between devices.
+        heal: False ends the run at the first device that is lost.
+        restarts: of each device that is lost; after so many its client goes on without it, if a plan fits the
+            others, and sits the round out otherwise.
+        attempts: of a client at one round.
+        silence_timeout_s: a device that is not heard for so long hangs, and is lost.
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +44,10 @@ class LocalEngine(Component):
     num_threads: int = Field(default=1, ge=1)
     round_timeout_s: float = Field(default=3600.0, gt=0)
     transfer_timeout_s: float = Field(default=120.0, gt=0)
+    heal: bool = True
+    restarts: int = Field(default=3, ge=0)
+    attempts: int = Field(default=8, ge=2)
+    silence_timeout_s: float = Field(default=30.0, gt=0)
 
     @property
     def name(self) -> str:
@@ -75,16 +72,21 @@ class LocalEngine(Component):
             FedmpError: a device failed, or the address is in use.
         """
         prepared = session.prepared
-        members = {secrets.token_urlsafe(32): member for member in members_of(prepared) if member.stages}
-        board = Board(members)
+        board = Board({}, attempts=self.attempts if self.heal else 1)
         journal = Journal(session.journal_folder, prepared.graph.state)
         timelines = Timelines()
 
         with CoordinatorService(board, journal, session.model, host=self.host, port=self.port) as service:
-            processes = _Processes()
+            fleet = Fleet(
+                prepared,
+                board,
+                journal,
+                make_spec=partial(self._spec, service.url, prepared),
+                restarts=self.restarts if self.heal else None,
+                silence_timeout_s=self.silence_timeout_s,
+            )
             try:
-                for token, member in members.items():
-                    processes.start(member, self._spec(service.url, token, member, prepared))
+                fleet.start()
                 startup_s = time.monotonic() - session.started_s
                 records = run_rounds(
                     round_settings(session, self.round_timeout_s),
@@ -95,18 +97,20 @@ class LocalEngine(Component):
                     journal=journal,
                     checkpoints=session.checkpoints,
                     evaluate=evaluator(session),
-                    watch=processes.check,
+                    watch=fleet.check,
                     observe=session.observe,
                     on_reports=timelines.keep,
                 )
             finally:
                 board.stop("the job is over")
-                processes.join()
+                fleet.end()
         return Outcome(tuple(records), startup_s, timelines.by_client)
 
-    def _spec(self, url: str, token: str, member: Member, prepared: Prepared) -> DeviceSpec:
-        setup = prepared.clients[member.client]
+    def _spec(
+        self, url: str, prepared: Prepared, setup: ClientSetup, member: Member, token: str
+    ) -> DeviceSpec:
         blueprints = tuple(setup.blueprints[stage] for stage in member.stages)
+        name = f"{member.client}/{member.device}"
         return DeviceSpec(
             url=url,
             token=token,
@@ -126,72 +130,6 @@ class LocalEngine(Component):
             backend=self.backend,
             num_threads=self.num_threads,
             timeout_s=self.transfer_timeout_s,
+            heartbeat_s=min(self.silence_timeout_s / 4, _HEARTBEAT_S),
+            faults=tuple(fault for fault in prepared.job.faults if fault.device == name),
         )
-
-
-class _Processes:
-    """The device processes of a run."""
-
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._running: list[tuple[Member, BaseProcess]] = []
-        self._died_s: float | None = None
-
-    def start(self, member: Member, spec: DeviceSpec) -> None:
-        """Start one device."""
-        process = self._context.Process(
-            target=_device_main, args=(spec,), name=f"fedmp {member.client}/{member.device}", daemon=True
-        )
-        process.start()
-        self._running.append((member, process))
-
-    def check(self) -> None:
-        """Raise if a device process died without a word; a moment is left for its last words to arrive."""
-        for member, process in self._running:
-            if (
-                process.exitcode is not None and process.exitcode < 0
-            ):  # by a signal, which allows no last words
-                name = signal.Signals(-process.exitcode).name
-                raise FederationError(
-                    f"{_describe(member)} was killed by {name} (exit code {process.exitcode}); if nobody did "
-                    f"that, the machine ran out of memory: use fewer devices"
-                )
-        for member, process in self._running:
-            if process.exitcode is not None:
-                self._died_s = self._died_s or time.monotonic()
-                if time.monotonic() - self._died_s > _GRACE_S:
-                    raise FederationError(
-                        f"{_describe(member)} ended with exit code {process.exitcode} before the job was over"
-                    )
-
-    def join(self) -> None:
-        """Wait a moment for every device to go home, then make sure of it."""
-        deadline_s = time.monotonic() + _GRACE_S
-        for _, process in self._running:
-            process.join(max(0.0, deadline_s - time.monotonic()))
-        for _, process in self._running:
-            if process.is_alive():
-                process.kill()
-                process.join()
-            process.close()
-        self._running = []
-
-
-def _device_main(spec: DeviceSpec) -> None:
-    # an interrupt at the terminal is the parent's to handle: it stops its devices in order
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="fedmp-parent", daemon=True).start()
-    raise SystemExit(run_device(spec))
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot stop its devices, so they watch for its end."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _describe(member: Member) -> str:
-    noun = "stages" if len(member.stages) > 1 else "stage"
-    return f"device {member.device} of {member.client} ({noun} {', '.join(map(str, member.stages))})"

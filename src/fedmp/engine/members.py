@@ -9,17 +9,22 @@ from fedmp.coordinator import Member
 from fedmp.engine.prepare import ClientSetup, Prepared
 from fedmp.stages import StageBlueprint
 
-__all__ = ["members_of"]
+__all__ = ["members_of", "members_of_client"]
 
 
 def members_of(prepared: Prepared) -> Iterator[Member]:
     """Every device of every client; those that their plan leaves out have no stages."""
     for setup in prepared.clients.values():
-        plan = setup.plan
-        for rank, (device, stages) in enumerate(zip(plan.devices, plan.placement, strict=True)):
-            yield _member(prepared, setup, rank, device, stages)
-        for left_out in {device.name for device in setup.client.devices}.difference(plan.devices):
-            yield Member(setup.name, left_out, -1, (), (), (), "", 0)
+        yield from members_of_client(prepared, setup)
+
+
+def members_of_client(prepared: Prepared, setup: ClientSetup) -> Iterator[Member]:
+    """Every device of one client."""
+    plan = setup.plan
+    for rank, (device, stages) in enumerate(zip(plan.devices, plan.placement, strict=True)):
+        yield _member(prepared, setup, rank, device, stages)
+    for left_out in {device.name for device in setup.client.devices}.difference(plan.devices):
+        yield Member(setup.name, left_out, -1, (), (), (), "", 0)
 
 
 def _member(

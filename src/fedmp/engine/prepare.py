@@ -23,7 +23,7 @@ from fedmp.records import ClientData, Plan
 from fedmp.schedule import PlacedSchedule, Schedule, placed_schedule_by_name, schedule_by_name
 from fedmp.seeds import derive_seed
 from fedmp.stages import StageBlueprint, draw_blueprints
-from fedmp.topology import Client
+from fedmp.topology import Client, Device
 from fedmp.updates import trained_names
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "build_model",
     "local_work",
     "part_of",
+    "plan_anew",
     "prepare",
     "prepare_without_clients_data",
     "trace_model",
@@ -147,6 +148,20 @@ def prepare_without_clients_data(job: Job) -> Prepared:
         DataError, TraceError, PlanError: as named.
     """
     return _plan_clients(job, job.source().load())
+
+
+def plan_anew(prepared: Prepared, setup: ClientSetup, devices: Sequence[Device]) -> ClientSetup:
+    """Cut the model over the devices of a client that are left.
+
+    Raises:
+        PlanError: no plan fits them.
+    """
+    client = setup.client.model_copy(update={"devices": tuple(devices)})
+    plan = _plan(prepared.job, prepared.graph, prepared.model, client)
+    blueprints = draw_blueprints(prepared.graph, plan.cuts, device=torch.device("cpu"))
+    work = local_work(prepared.job, plan)
+    anew = replace(setup, client=client, plan=plan, blueprints=blueprints, work=work)
+    return anew.with_samples(len(setup.own_samples))
 
 
 def local_work(job: Job, plan: Plan) -> LocalWork:

@@ -70,6 +70,10 @@ def _run(
     config: Mapping[str, Any],
 ) -> Result:
     started_s = time.monotonic()
+    if job.faults and isinstance(engine, SimulateEngine):
+        raise ConfigError(
+            "faults happen to device processes, which engine 'simulate' has none of; use engine=local"
+        )
     engine.warm_up()
     observe(Note("reading data, tracing the model, planning"))
     is_remote = isinstance(engine, DeployEngine)
@@ -236,6 +240,8 @@ def _summary(
         simulated_s=sum(record.simulated_s for record in records),
         centralized_wall_s=central.wall_s if central else None,
         startup_s=outcome.startup_s,
+        faults=sum(record.faults for record in records),
+        recoveries=sum(record.recoveries for record in records),
     )
 
 

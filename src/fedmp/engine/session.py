@@ -80,7 +80,7 @@ def round_settings(session: Session, round_timeout_s: float) -> RoundSettings:
     prepared = session.prepared
     clients = prepared.clients
     return RoundSettings(
-        num_devices={name: setup.plan.num_devices for name, setup in clients.items()},
+        clients=tuple(clients),
         round_samples={name: setup.round_samples for name, setup in clients.items()},
         predicted_s={name: setup.predicted_s for name, setup in clients.items()},
         first_round=session.first_round,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -78,6 +79,28 @@ class Rendezvous:
         self.store = store
         self.port = port
 
+    def arrive(self, prefix: str, rank: int) -> None:
+        """Say that this device is there.
+
+        Raises:
+            PipelineError: the first device is gone.
+        """
+        try:
+            self.store.set(f"{prefix}/arrived/{rank}", "")
+        except RuntimeError as error:
+            raise PipelineError(f"lost the client's first device: {_first_line(error)}") from error
+
+    def missing(self, prefix: str, world_size: int) -> list[int]:
+        """Ranks that are not there yet.
+
+        Raises:
+            PipelineError: the first device is gone.
+        """
+        try:
+            return [rank for rank in range(world_size) if not self.store.check([f"{prefix}/arrived/{rank}"])]
+        except RuntimeError as error:
+            raise PipelineError(f"lost the client's first device: {_first_line(error)}") from error
+
 
 def host_rendezvous(host: str, port: int = 0, *, timeout_s: float = 60.0) -> Rendezvous:
     """Open the store that the other devices will connect to.
@@ -137,6 +160,7 @@ class DistributedTransport:
         device: where the buffers live.
         backend: "gloo" or "nccl".
         timeout_s: deadline of one transfer.
+        connect_timeout_s: deadline of bringing the group up; None for the same.
         names: what messages call each rank; None for "stage RANK".
     """
 
@@ -151,6 +175,7 @@ class DistributedTransport:
         device: torch.device | str = "cpu",
         backend: str = "gloo",
         timeout_s: float = 60.0,
+        connect_timeout_s: float | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
         self.generation = generation
@@ -158,6 +183,7 @@ class DistributedTransport:
         self.device = torch.device(device)
         self.is_ordered = backend == "nccl"
         self._timeout = timedelta(seconds=timeout_s)
+        connect_s = timeout_s if connect_timeout_s is None else connect_timeout_s
         self._under_way: WeakSet[_Transfer] = WeakSet()
         if self.is_ordered:
             # a wait must block and end at its deadline, as gloo's do, and not kill the process
@@ -172,12 +198,16 @@ class DistributedTransport:
                 ),
                 rank=rank,
                 world_size=world_size,
-                timeout=self._timeout,
+                timeout=timedelta(seconds=connect_s),
             )
         except dist.DistStoreError as error:
             raise DeadlineError(
-                f"generation {generation} of the pipeline did not come together within {timeout_s:g} s: "
+                f"generation {generation} of the pipeline did not come together within {connect_s:g} s: "
                 f"{_first_line(error)}"
+            ) from error
+        except RuntimeError as error:
+            raise PipelineError(
+                f"generation {generation} of the pipeline did not come up: {_first_line(error)}"
             ) from error
         group = dist.group.WORLD
         assert group is not None
@@ -272,4 +302,9 @@ class _Transfer:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What a library says, without the place in its source and its advice."""
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    line = re.sub(r"^\[\S+:\d+\] ", "", text.splitlines()[0])
+    return line.partition(". This is typically")[0]

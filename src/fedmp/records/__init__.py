@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedmp.records.faults import Fault
 from fedmp.records.history import (
     ClientData,
     Event,
@@ -36,6 +37,7 @@ __all__ = [
     "DeviceReport",
     "Event",
     "FailureReport",
+    "Fault",
     "Instruction",
     "JobOffer",
     "Joined",

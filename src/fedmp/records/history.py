@@ -41,6 +41,9 @@ class RoundRecord(BaseModel):
         pipeline_bytes: bytes sent between the devices of all clients.
         wall_s: seconds of the round on this machine's clock.
         simulated_s: seconds that the plans, device speeds and links predict for it.
+        faults: devices that were lost.
+        recoveries: times that a client began the round anew.
+        sat_out: clients of the cohort that did not finish the round.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +61,9 @@ class RoundRecord(BaseModel):
     pipeline_bytes: int = 0
     wall_s: float = 0.0
     simulated_s: float = 0.0
+    faults: int = 0
+    recoveries: int = 0
+    sat_out: tuple[str, ...] = ()
 
 
 class Summary(BaseModel):
@@ -84,6 +90,7 @@ class Summary(BaseModel):
     centralized_wall_s: float | None = None
     startup_s: float = 0.0
     faults: int = 0
+    recoveries: int = 0
 
 
 @dataclass(frozen=True)

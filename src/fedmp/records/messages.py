@@ -35,20 +35,32 @@ class Instruction(_Message):
         kind: "train" a round; "wait" and ask again; "join", say what you hold, the coordinator does not know
             you (it was started anew); "next", the job is over and another one follows; "stop", all is over.
         round: the round to train.
+        generation: of the client's pipeline in which to train it; a device that has met its peers in an
+            earlier one meets them anew.
+        attempt: which attempt of the client at this round.
         reason: why to wait or stop, for people.
     """
 
     kind: Literal["train", "wait", "join", "next", "stop"]
     round: int = 0
+    generation: int = Field(default=0, ge=0)
+    attempt: int = Field(default=1, ge=1)
     reason: str = ""
 
 
 class Address(_Message):
-    """Where the devices of a client find their first device."""
+    """Where the devices of a client find their first device.
+
+    Attributes:
+        host, port: of its rendezvous.
+        secret: known to the client's devices alone, and new in each generation.
+        number: of the generation that comes together here.
+    """
 
     host: str
     port: int = Field(gt=0, lt=65536)
     secret: str = ""
+    number: int = Field(default=0, ge=0, le=2**31)
 
     @property
     def generation(self) -> str:
@@ -152,11 +164,13 @@ class FailureReport(_Message):
     Attributes:
         kind: name of the error's class in `fedmp.errors`.
         message: for people.
+        round, generation: in which it happened.
     """
 
     kind: str
     message: str
     round: int = 0
+    generation: int = Field(default=0, ge=0, le=2**31)
 
 
 class Receipt(_Message):

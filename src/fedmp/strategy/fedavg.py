@@ -34,6 +34,11 @@ class Strategy(Protocol):
         """Whether batch-norm statistics stay at the clients."""
         ...
 
+    @property
+    def min_clients(self) -> int | None:
+        """Clients of a cohort that must finish a round, for it to be committed; None for all of them."""
+        ...
+
     def cohort(self, clients: Sequence[str], *, round: int, seed: int) -> tuple[str, ...]:
         """The clients of one round, in client order."""
         ...
@@ -48,12 +53,15 @@ class FedAvg(Component):
         fraction: share of the clients in each round's cohort; at least one client.
         keep_statistics_local: leave batch-norm statistics at the clients instead of averaging them
             (the server's own copy then stays as it began).
+        min_clients: commit a round without those of its cohort that cannot finish it, or not in time, if at
+            least so many have; None needs all.
     """
 
     local_epochs: float = Field(default=1, gt=0)
     local_steps: int | None = Field(default=None, ge=1)
     fraction: float = Field(default=1.0, gt=0, le=1)
     keep_statistics_local: bool = False
+    min_clients: int | None = Field(default=None, ge=1)
 
     def cohort(self, clients: Sequence[str], *, round: int, seed: int) -> tuple[str, ...]:
         """A uniform sample without replacement, the same for the same seed."""
