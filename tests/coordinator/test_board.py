@@ -163,3 +163,73 @@ def test_the_end_waits_until_every_device_has_heard_of_it() -> None:
         assert board.wait_until_told(timeout_s=0) is False
         assert board.instruction_for(member).kind == "next"
     assert board.wait_until_told(timeout_s=0) is True
+
+
+def lost(generation: int = 0) -> FailureReport:
+    return FailureReport(kind="PipelineError", message="lost stage 1", round=3, generation=generation)
+
+
+def healing() -> Board:
+    """A board whose clients have three attempts, and have all begun their first."""
+    board = Board(MEMBERS, attempts=3)
+    board.open_round(3, ("ann", "bob"))
+    for name, member in MEMBERS.items():
+        assert board.instruction_for(member, name).generation == 0
+    return board
+
+
+def test_a_broken_pipeline_is_brought_up_anew_once_however_many_devices_report_it() -> None:
+    board = healing()
+    board.failed(MEMBERS["ann0"], lost())
+    board.failed(MEMBERS["ann1"], lost())
+    told = board.instruction_for(MEMBERS["ann1"])
+    assert (told.kind, told.generation, told.attempt) == ("train", 1, 2)
+    assert board.instruction_for(MEMBERS["bob0"]).generation == 0
+    assert board.recoveries == 1
+    assert board.incidents() == ["ann begins round 3 anew: lost stage 1"]
+
+
+def test_what_a_broken_pipeline_made_is_void_until_the_next_one_is_up() -> None:
+    board = healing()
+    first, second = (Address(host="h", port=1, secret=str(n), number=n) for n in (0, 1))
+    board.publish_address(MEMBERS["ann0"], first)
+    assert board.reported(MEMBERS["ann0"], 3, 5, first.generation)
+    board.failed(MEMBERS["ann1"], lost())
+    assert not board.reported(MEMBERS["ann1"], 3, 5, first.generation)
+    assert board.publish_address(MEMBERS["ann0"], first) == [], "too late"
+    assert board.address_of("ann") is None
+    assert board.publish_address(MEMBERS["ann0"], second) == [0]
+    assert board.reported(MEMBERS["ann1"], 3, 5, second.generation)
+
+
+def test_a_device_in_another_process_than_before_begins_a_new_generation_unless_it_has_begun() -> None:
+    board = healing()
+    assert board.instruction_for(MEMBERS["ann1"], "another").generation == 1
+    board.failed(MEMBERS["ann0"], lost())
+    assert board.instruction_for(MEMBERS["ann0"], "ann0").generation == 1
+    board.failed(MEMBERS["ann0"], lost(generation=1))
+    assert board.instruction_for(MEMBERS["ann1"], "a third").generation == 2, (
+        "the second had not been told of it"
+    )
+
+
+def test_a_client_without_attempts_left_is_given_up_for_the_round() -> None:
+    board = healing()
+    report_all(board, "bob")
+    for generation in range(3):
+        assert board.wait_for_cohort(timeout_s=0) is False
+        board.failed(MEMBERS["ann0"], lost(generation))
+    assert board.given_up() == {"ann": "3 attempts failed, the last one: lost stage 1"}
+    assert board.wait_for_cohort(timeout_s=0) is True
+    assert board.finished() == ("bob",)
+    assert board.instruction_for(MEMBERS["ann0"]).kind == "wait"
+    board.open_round(4, ("ann", "bob"))
+    assert board.instruction_for(MEMBERS["ann0"]).attempt == 1
+
+
+def test_a_client_whose_updates_are_in_is_not_planned_anew() -> None:
+    board = healing()
+    report_all(board, "bob")
+    assert board.replace_client("bob", {}) is None
+    assert board.replace_client("ann", {}) == {0, 1}
+    assert {member.client for member in board.members.values()} == {"bob"}

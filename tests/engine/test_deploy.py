@@ -25,6 +25,7 @@ from fedmp.engine.deploy import DeployEngine
 from fedmp.errors import ConfigError
 from fedmp.identity import CredentialStore
 from fedmp.models import MLP
+from fedmp.records import Fault
 from fedmp.report import RunDirectory
 from fedmp.seeds import derive_seed
 from tests.support.deployment import STEPS, Deployment, ends, eventually
@@ -123,6 +124,19 @@ def test_sigterm_ends_the_coordinator_at_once_and_its_devices_wait_for_it(
     again = federation.coordinator()
     last = federation.device("c0", "d1")
     assert [ends(process) for process in (again, *first, last)] == [0] * 4
+    assert_same(federation.final_state(), undisturbed)
+
+
+def test_a_deployed_device_that_is_killed_and_started_again_leaves_no_trace(
+    federation: Deployment, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    fault = Fault(device="c0/d1", round=2, phase="backward", microbatch=1, kind="kill")
+    others = [federation.device("c0", "d0"), federation.device("c1", "d0")]
+    coordinator = federation.coordinator()
+    doomed = federation.device("c0", "d1", job=replace(JOB, faults=(fault,)))
+    assert ends(doomed) == -signal.SIGKILL
+    again = federation.device("c0", "d1")
+    assert [ends(process) for process in (coordinator, again, *others)] == [0] * 4
     assert_same(federation.final_state(), undisturbed)
 
 

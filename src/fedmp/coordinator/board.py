@@ -174,7 +174,7 @@ class Board:
         """Wait until every device of the cohort has reported that is still expected to, or something fails.
 
         Args:
-            timeout_s: return False after so long.
+            timeout_s: return False after so long, or when there are incidents to tell.
 
         Raises:
             FedmpError: a device reported a failure; of the kind that it reported.
@@ -187,7 +187,7 @@ class Board:
                 if not self._missing():
                     return True
                 left_s = deadline_s - time.monotonic()
-                if left_s <= 0:
+                if left_s <= 0 or self._incidents:
                     return False
                 self._changed.wait(left_s)
 
@@ -489,6 +489,7 @@ class Board:
         attempt = self._attempts[client] = self._attempts.get(client, 1) + 1
         self.recoveries += 1
         self._incidents.append(f"{client} begins round {self._instruction.round} anew: {incident}")
+        self._changed.notify_all()
         if attempt > max(self._most_attempts, 1):
             self._given_up[client] = f"{self._most_attempts} attempts failed, the last one: {incident}"
 
