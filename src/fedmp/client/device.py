@@ -195,6 +195,10 @@ class _Device:
             self._train(instruction.round)
         except _GenerationIsOverError:
             self._leave()
+        except RefusedError as error:
+            if error.status != _ROUND_IS_OVER:
+                raise
+            # the round was closed without this client, or an acknowledgement got lost and its update was in
         except PipelineError as error:
             self._leave()  # before anything else, so that the neighbours notice
             _report_failure(self._federation, self._spec, instruction.round, error, max(self._generation, 0))
@@ -306,14 +310,9 @@ class _Device:
         if self._saboteur is not None and fault is not None and fault.kind == "corrupt":
             with contextlib.suppress(RefusedError):
                 self._federation.push(round, self._saboteur.spoil(update), report)
-        try:
+        self._federation.push(round, update, report)
+        if fault is not None and fault.kind == "drop":  # its acknowledgement: it is sent again
             self._federation.push(round, update, report)
-            if fault is not None and fault.kind == "drop":  # its acknowledgement: it is sent again
-                self._federation.push(round, update, report)
-        except RefusedError as error:
-            if error.status != _ROUND_IS_OVER:
-                raise
-            # an acknowledgement got lost and the round has closed since: its update was in
 
     def _pull(self, round: int) -> dict[str, torch.Tensor]:
         """Load the round's global stages; buffers that are kept local stay after the first round."""
