@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fedmp.coordinator.board import Board, Member
+from fedmp.coordinator.board import Board
 from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.guard import Limits
 from fedmp.coordinator.journal import Journal
+from fedmp.coordinator.members import Member
 from fedmp.coordinator.rounds import RoundSettings, run_rounds
 from fedmp.coordinator.server import Tls, check_address
 from fedmp.coordinator.service import CoordinatorService

@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
+from fedmp.coordinator.attempts import Attempts
+from fedmp.coordinator.members import BoardStatus, Member
 from fedmp.errors import (
     DataError,
     DeadlineError,
@@ -24,7 +25,7 @@ from fedmp.errors import (
 )
 from fedmp.records import Address, FailureReport, Instruction, ProgressReport
 
-__all__ = ["Board", "BoardStatus", "Member"]
+__all__ = ["Board"]
 
 # a device that lost a peer says so at once; what happened to the peer is known a moment later
 _CAUSE_S = 2.0
@@ -32,52 +33,6 @@ _CAUSE_S = 2.0
 _KINDS: dict[str, type[FedmpError]] = {
     kind.__name__: kind for kind in (DataError, DeadlineError, FrameError, PipelineError, TrainingError)
 }
-
-
-@dataclass(frozen=True)
-class Member:
-    """A device that the coordinator knows.
-
-    Attributes:
-        client, device: names in the topology.
-        rank: its number among the client's devices.
-        stages: of the client's plan, that it runs; none if the plan leaves it out.
-        pulled: tensors that it pulls each round.
-        pushed: tensors that it must push.
-        stage_key: equal for devices that pull the same tensors.
-        max_update_bytes: longest body that it may push.
-    """
-
-    client: str
-    device: str
-    rank: int
-    stages: tuple[int, ...]
-    pulled: tuple[str, ...]
-    pushed: tuple[str, ...]
-    stage_key: str
-    max_update_bytes: int
-
-
-@dataclass(frozen=True)
-class BoardStatus:
-    """How things stand.
-
-    Attributes:
-        kind: what the devices are told to do: "train", "wait" or "stop".
-        round: the newest round that was opened; 0 before the first.
-        cohort: its clients.
-        num_reported: those of which every device has reported.
-        silent_s: seconds since each device was last heard, by client and device; none that never was.
-        bytes_up, bytes_down: bodies of accepted updates, and of stages handed out.
-    """
-
-    kind: str
-    round: int
-    cohort: tuple[str, ...]
-    num_reported: int
-    silent_s: Mapping[tuple[str, str], float]
-    bytes_up: int
-    bytes_down: int
 
 
 class Board:
@@ -93,22 +48,13 @@ class Board:
         members: replaced, never changed, when a client is planned anew.
         bytes_up, bytes_down: of updates, and of stages handed out.
         faults: devices that were lost.
-        recoveries: attempts that clients made after their first.
     """
 
     def __init__(self, members: Mapping[str, Member], *, joins: bool = False, attempts: int = 1) -> None:
         self.members: Mapping[str, Member] = dict(members)
         self._joins = joins
-        self._most_attempts = attempts
-        self._generations: dict[str, int] = {}
-        self._attempts: dict[str, int] = {}
-        self._begun: set[str] = set()
-        self._told_generation: dict[Member, int] = {}
-        self._processes: dict[Member, str] = {}
-        self._between: set[str] = set()  # clients whose pipeline is over, and the next one not up yet
+        self._attempts = Attempts(attempts)
         self._void: set[tuple[str, int]] = set()
-        self._given_up: dict[str, str] = {}
-        self._incidents: list[str] = []
         self._ready: dict[Member, int | None] = {}
         self._told: set[Member] = set()
         self._changed = threading.Condition()
@@ -124,7 +70,6 @@ class Board:
         self.bytes_up = 0
         self.bytes_down = 0
         self.faults = 0
-        self.recoveries = 0
 
     # called by the round loop
 
@@ -142,9 +87,7 @@ class Board:
             self._cohort = tuple(cohort)
             self._reported = dict(reported or {})
             self._progress = {}
-            self._attempts = {}
-            self._begun = set()
-            self._given_up = {}
+            self._attempts.open_round()
             self._instruction = Instruction(kind="train", round=round)
             self._notify()
 
@@ -187,7 +130,7 @@ class Board:
                 if not self._missing():
                     return True
                 left_s = deadline_s - time.monotonic()
-                if left_s <= 0 or self._incidents:
+                if left_s <= 0 or self._attempts.incidents:
                     return False
                 self._changed.wait(left_s)
 
@@ -195,18 +138,24 @@ class Board:
         """Clients of the cohort of which every device has reported."""
         with self._changed:
             absent = {client for client, _ in self._missing()}
-            return tuple(c for c in self._cohort if c not in absent and c not in self._given_up)
+            return tuple(c for c in self._cohort if c not in absent and c not in self._attempts.given_up)
 
     def given_up(self) -> dict[str, str]:
         """Clients of the cohort that will not finish the open round, and why."""
         with self._changed:
-            return dict(self._given_up)
+            return dict(self._attempts.given_up)
 
     def incidents(self) -> list[str]:
         """What happened to clients' pipelines since this was last asked, for people."""
         with self._changed:
-            incidents, self._incidents = self._incidents, []
+            incidents, self._attempts.incidents = self._attempts.incidents, []
             return incidents
+
+    @property
+    def recoveries(self) -> int:
+        """Attempts that clients made after their first."""
+        with self._changed:
+            return self._attempts.recoveries
 
     def missing(self) -> dict[str, list[int]]:
         """Stages of the cohort that have not reported, by client."""
@@ -265,12 +214,12 @@ class Board:
         """A device is gone."""
         with self._changed:
             self.faults += 1
-            self._incidents.append(incident)
+            self._attempts.incidents.append(incident)
 
     def give_up(self, client: str, reason: str) -> None:
         """The client will not finish the open round."""
         with self._changed:
-            self._given_up.setdefault(client, reason)
+            self._attempts.given_up.setdefault(client, reason)
             self._notify()
 
     def replace_client(self, client: str, members: Mapping[str, Member]) -> set[int] | None:
@@ -287,7 +236,7 @@ class Board:
             others = {key: member for key, member in self.members.items() if member.client != client}
             self.members = {**others, **members}
             if old:
-                self._begin_generation(client, "its model is cut anew")
+                self._begin_anew(client, "its model is cut anew")
             self._void = {(name, rank) for name, rank in self._void if name != client}
             return old
 
@@ -332,7 +281,8 @@ class Board:
             process: names its process; another one than before has lost what the earlier one knew.
         """
         with self._changed:
-            self._meet_process(member, process)
+            if self._attempts.has_forgotten(member, process):
+                self._begin_anew(member.client, f"device {member.device} was started anew")
             kind, round = self._instruction.kind, self._instruction.round
             if kind in ("stop", "next"):
                 self._told.add(member)
@@ -346,13 +296,11 @@ class Board:
                 return Instruction(kind="wait", round=round, reason="not in this round's cohort")
             if kind == "train" and (member.client, member.rank) in self._reported:
                 return Instruction(kind="wait", round=round, reason="this round's update is in")
-            if kind == "train" and member.client in self._given_up:
-                return Instruction(kind="wait", round=round, reason=self._given_up[member.client])
+            if kind == "train" and member.client in self._attempts.given_up:
+                return Instruction(kind="wait", round=round, reason=self._attempts.given_up[member.client])
             if kind != "train":
                 return self._instruction
-            generation = self._told_generation[member] = self._generations.get(member.client, 0)
-            attempt = self._attempts.get(member.client, 1)
-            self._begun.add(member.client)
+            generation, attempt = self._attempts.tell(member)
             return Instruction(kind="train", round=round, generation=generation, attempt=attempt)
 
     def window(self, round: int) -> Literal["open", "over", "not yet", "never"]:
@@ -391,7 +339,7 @@ class Board:
             address = self._addresses.get(member.client)
             if address is not None and generation != address.generation:
                 return False
-            if address is None and generation and member.client in self._between:
+            if address is None and generation and self._attempts.is_coming_up(member.client):
                 return False
             self._reported[member.client, member.rank] = generation
             self.bytes_up += num_bytes
@@ -415,11 +363,9 @@ class Board:
         A broken pipeline is brought up anew while the client has attempts left.
         """
         with self._changed:
-            if self._most_attempts > 1 and (_is_consequence(report) or report.kind == FrameError.__name__):
-                if report.generation >= self._generations.get(member.client, 0):
-                    self._generations[member.client] = report.generation
-                    self._begin_generation(member.client, report.message)
-                self._notify()
+            if self._attempts.most > 1 and (_is_consequence(report) or report.kind == FrameError.__name__):
+                if report.generation >= self._attempts.generation(member.client):
+                    self._begin_anew(member.client, report.message, after=report.generation)
                 return
             if self._failure is None:
                 self._failed_s = time.monotonic()
@@ -435,11 +381,9 @@ class Board:
             them, and it did not get to make all of them.
         """
         with self._changed:
-            if address.number < self._generations.get(member.client, 0):
+            if not self._attempts.came_up(member.client, address.number):
                 return []
-            self._generations[member.client] = address.number
             self._addresses[member.client] = address
-            self._between.discard(member.client)
             void = [rank for client, rank in self._void if client == member.client]
             self._void -= {(member.client, rank) for rank in void}
             if member.client in {client for client, _ in self._missing()}:
@@ -463,35 +407,16 @@ class Board:
         """Whether the cause is known, or has had its time to become known."""
         return not _is_consequence(failure) or time.monotonic() - self._failed_s > _CAUSE_S
 
-    def _meet_process(self, member: Member, process: str) -> None:
-        """Begin a new generation if the device was started anew in the midst of the present one."""
-        known = self._processes.get(member)
-        if process:
-            self._processes[member] = process
-        if process and known not in (None, process):
-            told = self._told_generation.pop(member, None)
-            if told == self._generations.get(member.client, 0):
-                self._begin_generation(member.client, f"device {member.device} was started anew")
-
-    def _begin_generation(self, client: str, incident: str) -> None:
+    def _begin_anew(self, client: str, incident: str, *, after: int = 0) -> None:
         """The client's pipeline is over; what it has not finished is void."""
-        self._generations[client] = self._generations.get(client, 0) + 1
+        self._attempts.begin_generation(client, after)
         self._addresses.pop(client, None)
-        self._between.add(client)
+        if any(name == client for name, _ in self._missing()):
+            for name, rank in [key for key in self._reported if key[0] == client]:
+                del self._reported[name, rank]
+                self._void.add((name, rank))
+            self._attempts.begin_attempt(client, self._instruction.round, incident)
         self._notify()
-        if not any(name == client for name, _ in self._missing()):
-            return
-        for name, rank in [key for key in self._reported if key[0] == client]:
-            del self._reported[name, rank]
-            self._void.add((name, rank))
-        if client not in self._begun:
-            return
-        attempt = self._attempts[client] = self._attempts.get(client, 1) + 1
-        self.recoveries += 1
-        self._incidents.append(f"{client} begins round {self._instruction.round} anew: {incident}")
-        self._changed.notify_all()
-        if attempt > max(self._most_attempts, 1):
-            self._given_up[client] = f"{self._most_attempts} attempts failed, the last one: {incident}"
 
     def _notify(self) -> None:
         self._changed.notify_all()
@@ -502,7 +427,9 @@ class Board:
         return {
             (member.client, member.rank)
             for member in self.members.values()
-            if member.client in self._cohort and member.client not in self._given_up and member.stages
+            if member.client in self._cohort
+            and member.client not in self._attempts.given_up
+            and member.stages
         } - self._reported.keys()
 
     def _samples_of(self, client: str) -> int | None:

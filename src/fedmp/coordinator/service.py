@@ -24,11 +24,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from fedmp.coordinator.board import Board, Member
+from fedmp.coordinator.board import Board
 from fedmp.coordinator.border import read_message, stream_to_file
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.guard import Limits
 from fedmp.coordinator.journal import Journal
+from fedmp.coordinator.members import Member
 from fedmp.coordinator.metrics import CountedApp, Metrics
 from fedmp.coordinator.server import HttpServer, Tls
 from fedmp.errors import RefusedError
