@@ -23,8 +23,9 @@ def members_of_client(prepared: Prepared, setup: ClientSetup) -> Iterator[Member
     plan = setup.plan
     for rank, (device, stages) in enumerate(zip(plan.devices, plan.placement, strict=True)):
         yield _member(prepared, setup, rank, device, stages)
-    for left_out in {device.name for device in setup.client.devices}.difference(plan.devices):
-        yield Member(setup.name, left_out, -1, (), (), (), "", 0)
+    for left_out in setup.client.devices:
+        if left_out.name not in plan.devices:
+            yield Member(setup.name, left_out.name, -1, (), (), (), "", 0)
 
 
 def _member(
