@@ -27,7 +27,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def certs(arguments: Sequence[str]) -> None:
-    """Make an authority, unless the folder has one, and a certificate for the coordinator."""
+    """Make an authority, unless the folder has one, and a certificate for the coordinator.
+
+    Raises:
+        ConfigError: the arguments are wrong, or the authority's files cannot be used.
+    """
     parser = _parser("fedmp certs", certs.__doc__)
     parser.add_argument("hosts", nargs="+", metavar="HOST", help="name or address of the coordinator")
     parser.add_argument("--days", type=int, default=365, help="that the certificate is valid (365)")
@@ -42,7 +46,11 @@ def certs(arguments: Sequence[str]) -> None:
 
 
 def enroll(arguments: Sequence[str]) -> None:
-    """Issue a credentials file for each device; what it had before is revoked."""
+    """Issue a credentials file for each device; what it had before is revoked.
+
+    Raises:
+        ConfigError: a name is not CLIENT/DEVICE, or there is no authority for `--mutual`.
+    """
     parser = _parser("fedmp enroll", enroll.__doc__)
     parser.add_argument("devices", nargs="+", metavar="CLIENT/DEVICE")
     parser.add_argument("--coordinator", help="URL to write into the files, as https://HOST:PORT")
@@ -70,7 +78,11 @@ def enroll(arguments: Sequence[str]) -> None:
 
 
 def revoke(arguments: Sequence[str]) -> None:
-    """Take back credentials: of a device, or of every device of a client. A running coordinator notices."""
+    """Take back credentials: of a device, or of every device of a client. A running coordinator notices.
+
+    Raises:
+        ConfigError: a name holds no valid credential.
+    """
     parser = _parser("fedmp revoke", revoke.__doc__)
     parser.add_argument("names", nargs="+", metavar="CLIENT[/DEVICE]")
     given = parser.parse_args(arguments)
@@ -84,7 +96,7 @@ def revoke(arguments: Sequence[str]) -> None:
 
 
 def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(prog=program, description=description)
+    parser = _Parser(prog=program, description=(description or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("federation"), help="(federation)")
     return parser
 

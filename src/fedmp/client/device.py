@@ -118,16 +118,17 @@ def serve_job(spec: DeviceSpec, federation: Federation) -> Instruction:
     """
     if spec.num_threads:
         torch.set_num_threads(spec.num_threads)
-    current = _CurrentRound()
+    device: _Device | None = None
     try:
         with _heartbeat(federation, spec.heartbeat_s):
-            return _Device(spec, federation, current).run()
+            device = _Device(spec, federation)
+            return device.run()
     except FedmpError as error:
-        _report_failure(federation, spec, current.number, error)
+        _report_failure(federation, spec, device.round if device else 0, error)
         raise
     except Exception as error:  # whatever it is, the coordinator must hear of it
         failure = FederationError(f"{type(error).__name__}: {error}")
-        _report_failure(federation, spec, current.number, failure)
+        _report_failure(federation, spec, device.round if device else 0, failure)
         raise failure from error
 
 
@@ -147,17 +148,17 @@ def _heartbeat(federation: Federation, interval_s: float) -> Iterator[None]:
         is_done.set()
 
 
-class _CurrentRound:
-    number = 0
-
-
 class _Device:
-    """A device at work: its stages, its pipeline, its data."""
+    """A device at work: its stages, its pipeline, its data.
 
-    def __init__(self, spec: DeviceSpec, federation: Federation, current: _CurrentRound) -> None:
+    Attributes:
+        round: that it trains or trained last; 0 before the first.
+    """
+
+    def __init__(self, spec: DeviceSpec, federation: Federation) -> None:
         self._spec = spec
         self._federation = federation
-        self._current = current
+        self.round = 0
         self._process = os.urandom(8).hex()
         self._generation = -1
         self._meeting: Meeting | None = None
@@ -186,7 +187,7 @@ class _Device:
 
     def _try(self, instruction: Instruction) -> None:
         """Train a round; if the pipeline breaks, say so, and ask again."""
-        self._current.number = instruction.round
+        self.round = instruction.round
         try:
             if self._saboteur is not None:
                 self._saboteur.begin(instruction.round, instruction.attempt)

@@ -24,8 +24,9 @@ from fedmp.coordinator import (
     run_rounds,
 )
 from fedmp.engine.agreement import agreement_of, job_name
+from fedmp.engine.job import Job
 from fedmp.engine.members import members_of
-from fedmp.engine.prepare import Prepared
+from fedmp.engine.prepare import Prepared, prepare_without_clients_data
 from fedmp.engine.session import Outcome, Session, Timelines, evaluator, round_settings
 from fedmp.errors import ConfigError, FedmpError, RefusedError
 from fedmp.identity import CredentialStore
@@ -109,6 +110,14 @@ class DeployEngine(Component):
     def store(self) -> CredentialStore:
         """The enrolled devices."""
         return CredentialStore(self.credentials or self.folder / "devices.json")
+
+    def prepare(self, job: Job) -> Prepared:
+        """What a coordinator knows of the job; the clients' data stay where they are.
+
+        Raises:
+            FedmpError: the job cannot be prepared.
+        """
+        return prepare_without_clients_data(job)
 
     def run(self, session: Session) -> Outcome:
         """Serve the job until its last round is committed.

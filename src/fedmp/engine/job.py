@@ -214,6 +214,14 @@ class Engine(Protocol):
         """Begin whatever takes long and needs nothing of the job."""
         ...
 
-    def run(self, prepared: Any) -> Any:
-        """Run the rounds."""
+    def prepare(self, job: Job) -> Any:
+        """The job, ready to run: a `Prepared`, of what this engine has at hand.
+
+        Raises:
+            FedmpError: the job cannot be prepared, or asks for what this engine cannot do.
+        """
+        ...
+
+    def run(self, session: Any) -> Any:
+        """Run the rounds of a `Session`; returns their `Outcome`."""
         ...

@@ -13,7 +13,8 @@ from fedmp.client import DeviceSpec
 from fedmp.component import Component
 from fedmp.coordinator import Board, CoordinatorService, Journal, Member, check_address, run_rounds
 from fedmp.engine.fleet import Fleet
-from fedmp.engine.prepare import ClientSetup, Prepared, part_of
+from fedmp.engine.job import Job
+from fedmp.engine.prepare import ClientSetup, Prepared, part_of, prepare
 from fedmp.engine.session import Outcome, Session, Timelines, evaluator, round_settings
 
 __all__ = ["LocalEngine"]
@@ -64,6 +65,14 @@ class LocalEngine(Component):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fedmp.engine.preload"])
         multiprocessing.forkserver.ensure_running()
+
+    def prepare(self, job: Job) -> Prepared:
+        """All of the job: the clients' data are dealt out from here.
+
+        Raises:
+            FedmpError: the job cannot be prepared.
+        """
+        return prepare(job)
 
     def run(self, session: Session) -> Outcome:
         """Start the processes, run the rounds, and leave nothing running.

@@ -116,6 +116,11 @@ class Prepared:
         """Each client's plan."""
         return {name: setup.plan for name, setup in self.clients.items()}
 
+    @property
+    def has_clients_data(self) -> bool:
+        """Whether the clients' samples are in this process."""
+        return all(setup.dataset is not None for setup in self.clients.values())
+
     def whole_stage(self) -> StageBlueprint:
         """The model as a single stage."""
         return draw_blueprints(self.graph, [], device=torch.device("cpu"))[0]

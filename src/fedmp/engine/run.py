@@ -14,10 +14,9 @@ import torch
 
 from fedmp.coordinator import Checkpoint, CheckpointStore, GlobalModel
 from fedmp.engine.central import CentralizedResult, train_centrally
-from fedmp.engine.deploy import DeployEngine
 from fedmp.engine.job import Engine, Job, Result
 from fedmp.engine.local import LocalEngine
-from fedmp.engine.prepare import Prepared, prepare, prepare_without_clients_data
+from fedmp.engine.prepare import Prepared
 from fedmp.engine.session import Outcome, Session
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError, ResumeError
@@ -70,31 +69,21 @@ def _run(
     config: Mapping[str, Any],
 ) -> Result:
     started_s = time.monotonic()
-    if job.faults and isinstance(engine, SimulateEngine):
-        raise ConfigError(
-            "faults happen to device processes, which engine 'simulate' has none of; use engine=local"
-        )
     engine.warm_up()
     observe(Note("reading data, tracing the model, planning"))
-    is_remote = isinstance(engine, DeployEngine)
-    prepared = prepare_without_clients_data(job) if is_remote else prepare(job)
+    prepared = engine.prepare(job)
+    initial = model_state(prepared.model, prepared.graph).items()
     model = GlobalModel(
         prepared.graph.state,
-        {
-            name: tensor.detach().clone()
-            for name, tensor in model_state(prepared.model, prepared.graph).items()
-        },
+        {name: tensor.detach().clone() for name, tensor in initial},
         job.server_optimizer,
     )
     checkpoints = CheckpointStore(directory.path / "checkpoints")
-    # a coordinator that was killed after its last round comes back to send its devices home
-    before = _resume(directory, checkpoints, prepared, model, may_be_over=is_remote) if resume else ()
-    if not resume:
-        for leftover in ("journal", "checkpoints"):  # of a run that failed in its first round
-            shutil.rmtree(directory.path / leftover, ignore_errors=True)
-        directory.write_config(config)
-        directory.write_plans(prepared.plans)
-        checkpoints.save(Checkpoint(0, prepared.graph.fingerprint, model.state, {}, {}))
+    before: tuple[RoundRecord, ...] = ()
+    if resume:
+        before = _resume(directory, checkpoints, prepared, model)
+    else:
+        _begin(directory, checkpoints, prepared, model, config)
     first_round = before[-1].round + 1 if before else 1
 
     def tell(event: Event) -> None:
@@ -125,15 +114,54 @@ def _run(
             config=config,
         )
     )
-    central = None
-    if job.centralized is not None and is_remote:
-        observe(Note("no centralized training to compare with: the clients' data are not here"))
-    elif job.centralized is not None:
-        observe(Note("training centrally, to compare"))
-        central = train_centrally(prepared, job.centralized)
     records = (*before, *outcome.records)
-    timeline = next(iter(outcome.timelines.values()), ())
+    central = _compare(prepared, observe)
     summary = _summary(prepared, engine, records, outcome, central, time.monotonic() - started_s)
+    _write_results(directory, prepared, summary, records, outcome, observe)
+    return Result(
+        history=records,
+        model=_final_model(prepared, model),
+        summary=summary,
+        plans=prepared.plans,
+        run_dir=directory.path,
+    )
+
+
+def _begin(
+    directory: RunDirectory,
+    checkpoints: CheckpointStore,
+    prepared: Prepared,
+    model: GlobalModel,
+    config: Mapping[str, Any],
+) -> None:
+    """Write down what there is before the first round."""
+    for leftover in ("journal", "checkpoints"):  # of a run that failed in its first round
+        shutil.rmtree(directory.path / leftover, ignore_errors=True)
+    directory.write_config(config)
+    directory.write_plans(prepared.plans)
+    checkpoints.save(Checkpoint(0, prepared.graph.fingerprint, model.state, {}, {}))
+
+
+def _compare(prepared: Prepared, observe: Observer) -> CentralizedResult | None:
+    """Train centrally, if that was asked for and the data are here."""
+    if prepared.job.centralized is None:
+        return None
+    if not prepared.has_clients_data:
+        observe(Note("no centralized training to compare with: the clients' data are not here"))
+        return None
+    observe(Note("training centrally, to compare"))
+    return train_centrally(prepared, prepared.job.centralized)
+
+
+def _write_results(
+    directory: RunDirectory,
+    prepared: Prepared,
+    summary: Summary,
+    records: tuple[RoundRecord, ...],
+    outcome: Outcome,
+    observe: Observer,
+) -> None:
+    timeline = next(iter(outcome.timelines.values()), ())
     directory.write_summary(summary)
     directory.write_pictures(
         plans=prepared.plans,
@@ -143,18 +171,11 @@ def _run(
         timeline=timeline,
         centralized_accuracy=summary.centralized_accuracy,
     )
-    if job.trace:
+    if prepared.job.trace:
         directory.write_traces(outcome.timelines, prepared.plans)
         if not outcome.timelines:
-            observe(Note(f"trace: the engine {engine.name!r} measures no steps; use engine=local"))
+            observe(Note(f"trace: the engine {summary.engine!r} measures no steps; use engine=local"))
     observe(RunFinished(summary, records, str(directory.path), timeline))
-    return Result(
-        history=records,
-        model=_final_model(prepared, model),
-        summary=summary,
-        plans=prepared.plans,
-        run_dir=directory.path,
-    )
 
 
 def _directory(run_dir: Path, *, resume: bool) -> RunDirectory:
@@ -174,8 +195,6 @@ def _resume(
     checkpoints: CheckpointStore,
     prepared: Prepared,
     model: GlobalModel,
-    *,
-    may_be_over: bool,
 ) -> tuple[RoundRecord, ...]:
     """Load the last committed round into the global model; returns the rounds so far."""
     checkpoint = checkpoints.latest()
@@ -184,6 +203,8 @@ def _resume(
             f"the run in {directory.path} trained another model (fingerprint {checkpoint.fingerprint}, this "
             f"{prepared.graph.model_name} has {prepared.graph.fingerprint}); resume with the config it began with"
         )
+    # a coordinator that was killed after its last round comes back to send its devices home
+    may_be_over = not prepared.has_clients_data
     if checkpoint.round > prepared.job.rounds or (
         checkpoint.round == prepared.job.rounds and not may_be_over
     ):

@@ -9,8 +9,10 @@ from fedmp.client import LocalTrainer
 from fedmp.component import Component
 from fedmp.coordinator import Checkpoint
 from fedmp.coordinator.rounds import make_record
-from fedmp.engine.prepare import ClientSetup, Prepared
+from fedmp.engine.job import Job
+from fedmp.engine.prepare import ClientSetup, Prepared, prepare
 from fedmp.engine.session import Outcome, Session, evaluator
+from fedmp.errors import ConfigError
 from fedmp.pipeline import BatchResult, StageRunner
 from fedmp.records import DeviceReport, Progress, RoundFinished, RoundRecord, RoundStarted
 from fedmp.schedule import OneFOneB
@@ -30,6 +32,18 @@ class SimulateEngine(Component):
 
     def warm_up(self) -> None:
         """Nothing takes long here."""
+
+    def prepare(self, job: Job) -> Prepared:
+        """All of the job, which may have no faults: there are no processes for them to happen to.
+
+        Raises:
+            FedmpError: the job cannot be prepared.
+        """
+        if job.faults:
+            raise ConfigError(
+                "faults happen to device processes, which engine 'simulate' has none of; use engine=local"
+            )
+        return prepare(job)
 
     def run(self, session: Session) -> Outcome:
         """Run the rounds.

@@ -95,7 +95,7 @@ class Evaluation:
         self, part: Part, microbatch: int, batch: MicroBatches, keep: OutputSender | KeepOutputs | None
     ) -> None:
         work = part.work
-        inputs = self._inputs(part, microbatch, batch)
+        inputs = part.take_inputs(microbatch, batch, self._clock, training=False)
         start_s = time.perf_counter()
         outputs = work.evaluate(microbatch, inputs)
         self._clock.computed(ActionKind.FORWARD, work.index, microbatch, start_s)
@@ -114,15 +114,6 @@ class Evaluation:
         if not work.is_first:
             part.inputs[False].release(microbatch)
             part.inputs[False].post()
-
-    def _inputs(self, part: Part, microbatch: int, batch: MicroBatches) -> Sequence[torch.Tensor]:
-        if part.work.is_first:
-            assert batch.inputs is not None
-            return batch.inputs[microbatch]
-        start_s = time.perf_counter()
-        tensors = part.inputs[False].take(microbatch)
-        self._clock.ended("wait", part.work.index, microbatch, start_s)
-        return tensors
 
     def _sender(self, target: int) -> OutputSender:
         assert self._transport is not None

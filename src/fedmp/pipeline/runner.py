@@ -244,7 +244,7 @@ class DeviceRunner:
     # one action
 
     def _forward(self, part: Part, microbatch: int, batch: MicroBatches) -> None:
-        inputs = self._take_inputs(part, microbatch, batch)
+        inputs = part.take_inputs(microbatch, batch, self._clock, training=True)
         start_s = time.perf_counter()
         outputs = part.work.forward(microbatch, inputs)
         self._clock.computed(ActionKind.FORWARD, part.work.index, microbatch, start_s)
@@ -288,15 +288,6 @@ class DeviceRunner:
         if not part.work.is_first:
             part.inputs[True].release(microbatch)
             part.inputs[True].post()
-
-    def _take_inputs(self, part: Part, microbatch: int, batch: MicroBatches) -> Sequence[torch.Tensor]:
-        if part.work.is_first:
-            assert batch.inputs is not None
-            return batch.inputs[microbatch]
-        start_s = time.perf_counter()
-        tensors = part.inputs[True].take(microbatch)
-        self._clock.ended("wait", part.work.index, microbatch, start_s)
-        return tensors
 
     # one step
 

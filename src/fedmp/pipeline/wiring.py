@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from fedmp.pipeline.clock import Clock
 from fedmp.pipeline.frames import FrameKind, FrameLayout
 from fedmp.pipeline.gradients import Exchange
 from fedmp.pipeline.inbox import Inbox, Message
 from fedmp.pipeline.links import Handover, Receiver, Sender
+from fedmp.pipeline.microbatches import MicroBatches
 from fedmp.pipeline.options import RunnerOptions
 from fedmp.pipeline.stage_work import StageWork
 from fedmp.pipeline.transport import Transport
@@ -32,6 +37,18 @@ class Part:
         self.outputs: dict[bool, Sender | Handover] = {}
         self.gradients: Receiver | Handover | None = None
         self.input_gradients: Sender | Handover | None = None
+
+    def take_inputs(
+        self, microbatch: int, batch: MicroBatches, clock: Clock, *, training: bool
+    ) -> Sequence[torch.Tensor]:
+        """The stage's inputs of a micro-batch: from the batch, or from the stage before."""
+        if self.work.is_first:
+            assert batch.inputs is not None
+            return batch.inputs[microbatch]
+        start_s = time.perf_counter()
+        tensors = self.inputs[training].take(microbatch)
+        clock.ended("wait", self.work.index, microbatch, start_s)
+        return tensors
 
 
 @dataclass(frozen=True)
