@@ -31,6 +31,7 @@ usage:
   fedmp simulate [OVERRIDES]     train in one process: short for `fedmp run engine=simulate`
   fedmp plan     [OVERRIDES]     show how the model would be cut over each client's devices
                  --json          ... as JSON
+  fedmp presets                  devices and links that a topology may name, with their sources
   fedmp coordinator [OVERRIDES]  serve the job to devices on other machines; again: go on where it ended
   fedmp device --credentials FILE [OVERRIDES]
                                  take part: the same job, this client's data
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": _run,
         "simulate": _simulate,
         "plan": _plan,
+        "presets": _presets,
         "coordinator": _coordinator,
         "device": _device,
         **{name: partial(_administer, name) for name in _ADMINISTRATION},
@@ -149,6 +151,17 @@ def _simulate(arguments: list[str]) -> None:
 def _plan(arguments: list[str]) -> None:
     as_json = "--json" in arguments
     _compose([argument for argument in arguments if argument != "--json"], lambda c: _show_plan(c, as_json))
+
+
+def _presets(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from fedmp.errors import ConfigError
+    from fedmp.report.presets import presets_tables
+
+    if arguments:
+        raise ConfigError(f"`fedmp presets` takes no arguments, but has {' '.join(arguments)}")
+    Console().print(presets_tables())
 
 
 def _coordinator(arguments: list[str]) -> None:

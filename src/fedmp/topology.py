@@ -2,18 +2,19 @@
 
 A topology comes from a YAML file of the `topology` config group or from Python, and goes to the
 planner (devices and links of one client) and to the engines (all of it). Speeds are sustained FP32
-throughput in training, not the data sheet's peak.
+throughput in training, not the data sheet's peak. A device or link may name a preset of published hardware.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ByteSize, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from fedmp.component import Component
+from fedmp.presets import device_fields, link_fields
 
 __all__ = ["Client", "Device", "Link", "Links", "Topology"]
 
@@ -33,6 +34,28 @@ class Device:
     flops_per_s: float = Field(default=2e11, gt=0)
     memory_bytes: ByteSize = Field(default=ByteSize(4 << 30), gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        return _fill_in(values, device_fields)
+
+    @classmethod
+    def like(cls, preset: str, *, name: str) -> Device:
+        """A device as a preset describes it.
+
+        Args:
+            preset: one of `fedmp.presets.DEVICES`.
+            name: of the device.
+
+        Raises:
+            ValueError: there is no such preset.
+
+        Example:
+            >>> Device.like("jetson-nano", name="nano").memory_bytes
+            4294967296
+        """
+        return cls(name=name, **device_fields(preset))
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Link:
@@ -45,6 +68,27 @@ class Link:
 
     bandwidth_bytes_per_s: float = Field(default=125e6, gt=0)
     latency_s: float = Field(default=2e-4, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        return _fill_in({"preset": values} if isinstance(values, str) else values, link_fields)
+
+    @classmethod
+    def like(cls, preset: str) -> Link:
+        """A link as a preset describes it.
+
+        Args:
+            preset: one of `fedmp.presets.LINKS`.
+
+        Raises:
+            ValueError: there is no such preset.
+
+        Example:
+            >>> Link.like("wan-100").latency_s
+            0.02
+        """
+        return cls(**link_fields(preset))
 
     def transfer_s(self, num_bytes: float) -> float:
         """Seconds that a message of `num_bytes` takes; zero bytes take no time at all."""
@@ -79,7 +123,8 @@ class Client(Component):
     Args:
         name: unique in the topology.
         devices: the devices, or a shorthand `{count: 4, flops_per_s: ..., memory_bytes: ...}` that
-            makes devices named d0, d1, ...
+            makes devices named d0, d1, ...; an entry of a list may have a count as well, and is then named
+            after its name or its preset: `[{preset: jetson-nano, count: 3}]` makes jetson-nano-0, -1 and -2.
         links: between the client's devices.
         uplink: between each device and the coordinator.
     """
@@ -96,6 +141,8 @@ class Client(Component):
             values = {**values, "devices": _expand(values["devices"], prefix="d")}
         elif isinstance(values, Mapping) and isinstance(values.get("devices"), int):
             values = {**values, "devices": _expand({"count": values["devices"]}, prefix="d")}
+        elif isinstance(values, Mapping) and isinstance(values.get("devices"), Sequence):
+            values = {**values, "devices": [each for entry in values["devices"] for each in _several(entry)]}
         return values
 
     @model_validator(mode="after")
@@ -140,6 +187,24 @@ def _expand(shorthand: Mapping[str, Any], *, prefix: str) -> list[dict[str, Any]
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1")
     return [{"name": f"{prefix}{index}", **fields} for index in range(count)]
+
+
+def _several(entry: Any) -> Sequence[Any]:
+    """The devices that one entry of a list stands for."""
+    if not isinstance(entry, Mapping):
+        return [entry]
+    name = entry.get("name", entry.get("preset"))
+    if "count" not in entry:
+        return [{**entry, "name": name} if name is not None else entry]
+    return _expand({key: value for key, value in entry.items() if key != "name"}, prefix=f"{name or 'd'}-")
+
+
+def _fill_in(values: Any, fields_of: Callable[[str], dict[str, Any]]) -> Any:
+    """The fields of a preset, where one is named, and beside them what else is given."""
+    if not isinstance(values, Mapping) or "preset" not in values:
+        return values
+    rest = {key: value for key, value in values.items() if key != "preset"}
+    return {**fields_of(values["preset"]), **rest}
 
 
 def _check_unique(names: Sequence[str], what: str) -> None:
