@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from fedmp.coordinator.board import Board
 from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
+from fedmp.coordinator.clients import Clients, ClientUpdate, Opening, Trained
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.guard import Limits
 from fedmp.coordinator.journal import Journal
 from fedmp.coordinator.members import Member
+from fedmp.coordinator.remote import RemoteClients
 from fedmp.coordinator.rounds import RoundSettings, run_rounds
 from fedmp.coordinator.server import Tls, check_address
 from fedmp.coordinator.service import CoordinatorService
@@ -16,13 +18,18 @@ __all__ = [
     "Board",
     "Checkpoint",
     "CheckpointStore",
+    "ClientUpdate",
+    "Clients",
     "CoordinatorService",
     "GlobalModel",
     "Journal",
     "Limits",
     "Member",
+    "Opening",
+    "RemoteClients",
     "RoundSettings",
     "Tls",
+    "Trained",
     "check_address",
     "run_rounds",
 ]

@@ -19,11 +19,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fedmp.coordinator.clients import ClientUpdate
 from fedmp.errors import RefusedError
 from fedmp.graph import StateSpec
 from fedmp.records import DeviceReport
 
-__all__ = ["ClientUpdate", "Journal"]
+__all__ = ["Journal"]
 
 _MAX_EXAMPLES = 2**53
 _PIECE = 1 << 16
@@ -148,7 +149,11 @@ class Journal:
     def update_of(self, client: str, num_devices: int) -> ClientUpdate | None:
         """A client's whole update; None while a device's is missing."""
         paths = [self._path(client, rank) for rank in range(num_devices)]
-        return ClientUpdate(paths) if all(path.exists() for path in paths) else None
+        if not all(path.exists() for path in paths):
+            return None
+        bodies = [safe_open(path, framework="pt") for path in paths]
+        reports = tuple(DeviceReport.model_validate_json(body.metadata()["report"]) for body in bodies)
+        return ClientUpdate(client, self._round, _Files(bodies), reports)
 
     def _read(self, path: Path, names: Sequence[str]) -> DeviceReport:
         """Check a file from the first byte to the last; returns its report."""
@@ -196,22 +201,11 @@ class Journal:
         return self._round_folder() / f"{client}.{rank}.safetensors"
 
 
-class ClientUpdate(Mapping[str, torch.Tensor]):
-    """One client's update over all its devices, read from the journal a tensor at a time.
+class _Files(Mapping[str, torch.Tensor]):
+    """The tensors of several journal files, each read when asked for."""
 
-    Args:
-        paths: the journal files of its devices, in order of rank.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._bodies = [safe_open(path, framework="pt") for path in paths]
-        self._home = {name: body for body in self._bodies for name in body.keys()}  # noqa: SIM118
-        self.reports = [DeviceReport.model_validate_json(body.metadata()["report"]) for body in self._bodies]
-
-    @property
-    def num_examples(self) -> int:
-        """Samples that the client processed: the least of its devices."""
-        return min(report.num_examples for report in self.reports)
+    def __init__(self, bodies: Sequence[safe_open]) -> None:
+        self._home = {name: body for body in bodies for name in body.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._home[name].get_tensor(name)  # type: ignore[no-any-return]

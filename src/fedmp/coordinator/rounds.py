@@ -1,4 +1,4 @@
-"""The round loop: pick a cohort, wait for its updates, aggregate, commit. Reads like the algorithm."""
+"""The round loop of every engine: pick a cohort, let it train, aggregate, commit. Reads like the algorithm."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmp.aggregate import Aggregator
-from fedmp.coordinator.board import Board
 from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
+from fedmp.coordinator.clients import Clients, Opening, Trained
 from fedmp.coordinator.global_model import GlobalModel
-from fedmp.coordinator.journal import ClientUpdate, Journal
-from fedmp.errors import RoundError
-from fedmp.records import DeviceReport, Note, Observer, Progress, RoundFinished, RoundRecord, RoundStarted
+from fedmp.records import DeviceReport, Observer, RoundFinished, RoundRecord, RoundStarted
 from fedmp.strategy import Strategy
 
-__all__ = ["RoundSettings", "make_record", "run_rounds"]
+__all__ = ["RoundSettings", "run_rounds"]
 
-_WATCH_S = 0.05
+Evaluation = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,6 @@ class RoundSettings:
         predicted_s: seconds that each client's round takes by its plan and links; 0 alike.
         first_round, last_round: rounds to run, both included.
         seed: the job's.
-        round_timeout_s: a round that takes longer fails.
         fingerprint: of the model's graph, for the checkpoints.
     """
 
@@ -40,7 +37,6 @@ class RoundSettings:
     first_round: int
     last_round: int
     seed: int
-    round_timeout_s: float
     fingerprint: str
 
 
@@ -50,13 +46,11 @@ def run_rounds(
     strategy: Strategy,
     aggregator: Aggregator,
     model: GlobalModel,
-    board: Board,
-    journal: Journal,
+    clients: Clients,
     checkpoints: CheckpointStore,
-    evaluate: Callable[[], tuple[float | None, float | None]],
-    watch: Callable[[], None],
+    evaluate: Callable[[], Evaluation],
     observe: Observer,
-    on_reports: Callable[[int, Mapping[str, Sequence[DeviceReport]]], None],
+    on_reports: Callable[[int, Mapping[str, Sequence[DeviceReport]]], None] = lambda *_: None,
 ) -> list[RoundRecord]:
     """Run the rounds of a job.
 
@@ -64,11 +58,10 @@ def run_rounds(
         settings: what to run.
         strategy, aggregator: who takes part, and how updates are combined.
         model: the global model; moved by every round.
-        board, journal: shared with the service.
+        clients: those who train.
         checkpoints: where each round is committed.
         evaluate: loss and accuracy of the global model on the held-out set.
-        watch: called several times a second; raises if the job cannot go on.
-        observe: told of starts, progress and ends.
+        observe: told of starts and ends.
         on_reports: given every committed round's device reports, by client.
 
     Returns:
@@ -76,130 +69,57 @@ def run_rounds(
 
     Raises:
         RoundError: a round did not close in time.
-        FedmpError: a device failed.
+        FedmpError: a client cannot go on.
     """
     records = []
     for round in range(settings.first_round, settings.last_round + 1):
         started_s = time.monotonic()
-        before = (board.bytes_up, board.bytes_down, board.faults, board.recoveries)
-        cohort = strategy.cohort(settings.clients, round=round, seed=settings.seed)
-        journal.open(round)
-        board.open_round(round, cohort, journal.found({client: board.pushed_by(client) for client in cohort}))
-        observe(RoundStarted(round, cohort, sum(settings.round_samples[client] for client in cohort)))
-        finished = _wait(board, cohort, strategy.min_clients, settings.round_timeout_s, watch, observe)
-        board.close_round()
+        opening = _open(settings, strategy, round)
+        num_samples = sum(settings.round_samples[client] for client in opening.cohort)
+        observe(RoundStarted(round, opening.cohort, num_samples))
 
-        updates = {client: _update(journal, client, len(board.pushed_by(client))) for client in finished}
-        weights = [float(update.num_examples) for update in updates.values()]
-        model.apply(aggregator.combine(list(updates.values()), weights))
+        trained = clients.train(opening)
+        weights = [float(update.num_examples) for update in trained.updates]
+        model.apply(aggregator.combine(trained.updates, weights))
 
-        reports = {client: update.reports for client, update in updates.items()}
-        record = make_record(round, reports, evaluate()).model_copy(
-            update={
-                "bytes_up": board.bytes_up - before[0],
-                "bytes_down": board.bytes_down - before[1],
-                "faults": board.faults - before[2],
-                "recoveries": board.recoveries - before[3],
-                "sat_out": tuple(client for client in cohort if client not in finished),
-                "wall_s": time.monotonic() - started_s,
-                "simulated_s": max(settings.predicted_s[client] for client in cohort),
-            }
-        )
+        record = _record(round, trained, evaluate(), started_s)
         _commit(checkpoints, settings.fingerprint, model, record)
-        journal.close()
-        on_reports(round, reports)
+        clients.committed(round)
+        on_reports(round, {update.client: update.reports for update in trained.updates})
         observe(RoundFinished(record))
         records.append(record)
     return records
 
 
-def make_record(
-    round: int, reports: Mapping[str, Sequence[DeviceReport]], evaluation: tuple[float | None, float | None]
-) -> RoundRecord:
+def _open(settings: RoundSettings, strategy: Strategy, round: int) -> Opening:
+    cohort = strategy.cohort(settings.clients, round=round, seed=settings.seed)
+    minimum = len(cohort) if strategy.min_clients is None else min(strategy.min_clients, len(cohort))
+    return Opening(round, cohort, minimum)
+
+
+def _record(round: int, trained: Trained, evaluation: Evaluation, started_s: float) -> RoundRecord:
     """A round's row from its device reports and the new global model's loss and accuracy."""
-    every = [report for devices in reports.values() for report in devices]
-    weight = sum(report.weight for report in every)
-    evaluated = sum(report.evaluation_weight for report in every)
+    reports = [report for update in trained.updates for report in update.reports]
+    weight = sum(report.weight for report in reports)
+    evaluated = sum(report.evaluation_weight for report in reports)
     return RoundRecord(
         round=round,
-        clients=tuple(reports),
-        num_examples=sum(min(report.num_examples for report in devices) for devices in reports.values()),
-        train_loss=sum(report.loss_sum for report in every) / weight if weight else 0.0,
+        clients=tuple(update.client for update in trained.updates),
+        num_examples=sum(update.num_examples for update in trained.updates),
+        train_loss=sum(report.loss_sum for report in reports) / weight if weight else 0.0,
         test_loss=evaluation[0],
         test_accuracy=evaluation[1],
-        federated_loss=sum(r.evaluation_loss_sum for r in every) / evaluated if evaluated else None,
-        federated_accuracy=sum(r.evaluation_correct for r in every) / evaluated if evaluated else None,
-        pipeline_bytes=sum(report.pipeline_bytes for report in every),
+        federated_loss=sum(r.evaluation_loss_sum for r in reports) / evaluated if evaluated else None,
+        federated_accuracy=sum(r.evaluation_correct for r in reports) / evaluated if evaluated else None,
+        bytes_up=trained.bytes_up,
+        bytes_down=trained.bytes_down,
+        pipeline_bytes=sum(report.pipeline_bytes for report in reports),
+        wall_s=time.monotonic() - started_s,
+        simulated_s=trained.simulated_s,
+        faults=trained.faults,
+        recoveries=trained.recoveries,
+        sat_out=tuple(trained.sat_out),
     )
-
-
-def _wait(
-    board: Board,
-    cohort: Sequence[str],
-    min_clients: int | None,
-    timeout_s: float,
-    watch: Callable[[], None],
-    observe: Observer,
-) -> tuple[str, ...]:
-    """Wait for the cohort; returns the clients that finished the round.
-
-    Raises:
-        RoundError: too few will, or did in time.
-    """
-    minimum = len(cohort) if min_clients is None else min(min_clients, len(cohort))
-    deadline_s = time.monotonic() + timeout_s
-    told: dict[str, int] = {}
-    while True:
-        is_closed = board.wait_for_cohort(timeout_s=_WATCH_S)
-        if not is_closed:
-            watch()
-        for incident in board.incidents():
-            observe(Note(incident))
-        for client, report in board.progress().items():
-            if told.get(client) != report.samples_done:
-                told[client] = report.samples_done
-                observe(
-                    Progress(report.round, client, report.samples_done, report.samples_total, report.loss)
-                )
-        given_up, finished = board.given_up(), board.finished()
-        if len(cohort) - len(given_up) < minimum:
-            why = "; ".join(f"{client}: {reason}" for client, reason in given_up.items())
-            raise RoundError(
-                f"{len(cohort) - len(given_up)} of {len(cohort)} clients are left in the round, "
-                f"{_needed(minimum, cohort)}; {why}. What was committed is safe: mend it and resume the run"
-            )
-        is_late = time.monotonic() > deadline_s
-        if is_late and len(finished) < minimum:
-            raise RoundError(_explain(board, cohort, minimum, timeout_s))
-        if is_late or (is_closed and len(finished) >= minimum):
-            return finished
-
-
-def _needed(minimum: int, cohort: Sequence[str]) -> str:
-    return "all are needed" if minimum == len(cohort) else f"{minimum} are needed"
-
-
-def _explain(board: Board, cohort: Sequence[str], minimum: int, timeout_s: float) -> str:
-    missing = board.missing()
-    silent = [
-        f"{client} (stage {', '.join(map(str, stages))}) "
-        + (
-            f"last heard {heard:.0f} s ago"
-            if (heard := board.silent_s(client)) is not None
-            else "never heard"
-        )
-        for client, stages in missing.items()
-    ]
-    return (
-        f"{len(board.finished())} of {len(cohort)} clients reported within {timeout_s:g} s, "
-        f"{_needed(minimum, cohort)}; missing: {'; '.join(silent)}"
-    )
-
-
-def _update(journal: Journal, client: str, num_devices: int) -> ClientUpdate:
-    update = journal.update_of(client, num_devices)
-    assert update is not None
-    return update
 
 
 def _commit(checkpoints: CheckpointStore, fingerprint: str, model: GlobalModel, record: RoundRecord) -> None:

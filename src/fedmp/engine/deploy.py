@@ -18,16 +18,16 @@ from fedmp.coordinator import (
     Journal,
     Limits,
     Member,
+    RemoteClients,
     RoundSettings,
     Tls,
     check_address,
-    run_rounds,
 )
 from fedmp.engine.agreement import agreement_of, job_name
 from fedmp.engine.job import Job
 from fedmp.engine.members import members_of
 from fedmp.engine.prepare import Prepared, prepare_without_clients_data
-from fedmp.engine.session import Outcome, Session, Timelines, evaluator, round_settings
+from fedmp.engine.session import Outcome, Session, Timelines, round_settings, run_session
 from fedmp.errors import ConfigError, FedmpError, RefusedError
 from fedmp.identity import CredentialStore
 from fedmp.records import JobOffer, Note
@@ -131,7 +131,15 @@ class DeployEngine(Component):
         members = {f"{member.client}/{member.device}": member for member in members_of(prepared)}
         board = Board(members, joins=True, attempts=self.attempts)
         journal = Journal(session.journal_folder, prepared.graph.state)
-        settings = round_settings(session, self.round_timeout_s)
+        settings = round_settings(session)
+        clients = RemoteClients(
+            board,
+            journal,
+            predicted_s=settings.predicted_s,
+            round_timeout_s=self.round_timeout_s,
+            watch=_census(board, prepared, settings),
+            observe=session.observe,
+        )
         timelines = Timelines()
         service = CoordinatorService(
             board,
@@ -150,24 +158,12 @@ class DeployEngine(Component):
             session.observe(Note(f"listening on {service.url}"))
             startup_s = time.monotonic() - session.started_s
             try:
-                records = run_rounds(
-                    settings,
-                    strategy=prepared.job.strategy,
-                    aggregator=prepared.job.aggregator,
-                    model=session.model,
-                    board=board,
-                    journal=journal,
-                    checkpoints=session.checkpoints,
-                    evaluate=evaluator(session),
-                    watch=_census(board, prepared, settings),
-                    observe=session.observe,
-                    on_reports=timelines.keep,
-                )
+                records = run_session(session, settings, clients, timelines)
             except FedmpError as error:
                 self._say_farewell(board, str(error))
                 raise
             self._say_farewell(board, "the job is over")
-        return Outcome(tuple(records), startup_s, timelines.by_client)
+        return Outcome(records, startup_s, timelines.by_client)
 
     def _say_farewell(self, board: Board, reason: str) -> None:
         board.stop(reason, is_last=not self.more_to_come)

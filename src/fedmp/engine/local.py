@@ -11,11 +11,11 @@ from pydantic import Field
 
 from fedmp.client import DeviceSpec
 from fedmp.component import Component
-from fedmp.coordinator import Board, CoordinatorService, Journal, Member, check_address, run_rounds
+from fedmp.coordinator import Board, CoordinatorService, Journal, Member, RemoteClients, check_address
 from fedmp.engine.fleet import Fleet
 from fedmp.engine.job import Job
 from fedmp.engine.prepare import ClientSetup, Prepared, part_of, prepare
-from fedmp.engine.session import Outcome, Session, Timelines, evaluator, round_settings
+from fedmp.engine.session import Outcome, Session, Timelines, round_settings, run_session
 
 __all__ = ["LocalEngine"]
 
@@ -97,23 +97,20 @@ class LocalEngine(Component):
             try:
                 fleet.start()
                 startup_s = time.monotonic() - session.started_s
-                records = run_rounds(
-                    round_settings(session, self.round_timeout_s),
-                    strategy=prepared.job.strategy,
-                    aggregator=prepared.job.aggregator,
-                    model=session.model,
-                    board=board,
-                    journal=journal,
-                    checkpoints=session.checkpoints,
-                    evaluate=evaluator(session),
+                settings = round_settings(session)
+                clients = RemoteClients(
+                    board,
+                    journal,
+                    predicted_s=settings.predicted_s,
+                    round_timeout_s=self.round_timeout_s,
                     watch=fleet.check,
                     observe=session.observe,
-                    on_reports=timelines.keep,
                 )
+                records = run_session(session, settings, clients, timelines)
             finally:
                 board.stop("the job is over")
                 fleet.end()
-        return Outcome(tuple(records), startup_s, timelines.by_client)
+        return Outcome(records, startup_s, timelines.by_client)
 
     def _spec(
         self, url: str, prepared: Prepared, setup: ClientSetup, member: Member, token: str

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fedmp.coordinator import CheckpointStore, GlobalModel, RoundSettings
+from fedmp.coordinator import CheckpointStore, Clients, GlobalModel, RoundSettings, run_rounds
 from fedmp.engine.prepare import Prepared
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
 from fedmp.records import DeviceReport, Observer, RoundRecord, TimedAction
 from fedmp.stages import Stage
 
-__all__ = ["Outcome", "Session", "Timelines", "evaluator", "round_settings"]
+__all__ = ["Outcome", "Session", "Timelines", "evaluator", "round_settings", "run_session"]
 
 _EVALUATION_BATCH = 500
 
@@ -75,7 +75,30 @@ class Timelines:
                 self.by_client[client] = _from_zero(actions)
 
 
-def round_settings(session: Session, round_timeout_s: float) -> RoundSettings:
+def run_session(
+    session: Session, settings: RoundSettings, clients: Clients, timelines: Timelines | None = None
+) -> tuple[RoundRecord, ...]:
+    """Run a job's rounds with whatever clients an engine has.
+
+    Raises:
+        FedmpError: as the clients do.
+    """
+    job = session.prepared.job
+    records = run_rounds(
+        settings,
+        strategy=job.strategy,
+        aggregator=job.aggregator,
+        model=session.model,
+        clients=clients,
+        checkpoints=session.checkpoints,
+        evaluate=evaluator(session),
+        observe=session.observe,
+        on_reports=(timelines or Timelines()).keep,
+    )
+    return tuple(records)
+
+
+def round_settings(session: Session) -> RoundSettings:
     """What the coordinator's round loop needs to know of a job."""
     prepared = session.prepared
     clients = prepared.clients
@@ -86,7 +109,6 @@ def round_settings(session: Session, round_timeout_s: float) -> RoundSettings:
         first_round=session.first_round,
         last_round=prepared.job.rounds,
         seed=prepared.job.seed,
-        round_timeout_s=round_timeout_s,
         fingerprint=prepared.graph.fingerprint,
     )
 

@@ -1,25 +1,28 @@
-"""The simulating engine: all clients in this process, one after another, on the same batches."""
+"""The simulating engine: all clients in this process, on the same batches as devices elsewhere would take."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
+
+import torch
 
 from fedmp.client import LocalTrainer
 from fedmp.component import Component
-from fedmp.coordinator import Checkpoint
-from fedmp.coordinator.rounds import make_record
+from fedmp.coordinator import ClientUpdate, Opening, Trained
 from fedmp.engine.job import Job
 from fedmp.engine.prepare import ClientSetup, Prepared, prepare
-from fedmp.engine.session import Outcome, Session, evaluator
+from fedmp.engine.session import Outcome, Session, round_settings, run_session
 from fedmp.errors import ConfigError
 from fedmp.pipeline import BatchResult, StageRunner
-from fedmp.records import DeviceReport, Progress, RoundFinished, RoundRecord, RoundStarted
+from fedmp.records import DeviceReport, Progress
 from fedmp.schedule import OneFOneB
 from fedmp.stages import Stage
 from fedmp.updates import difference
 
-__all__ = ["SimulateEngine"]
+__all__ = ["CohortTrainer", "OneByOne", "SimulateEngine", "SimulatedClients"]
 
 
 class SimulateEngine(Component):
@@ -51,15 +54,69 @@ class SimulateEngine(Component):
         Raises:
             TrainingError: a client's loss is not finite.
         """
-        simulation = _Simulation(session)
+        clients = SimulatedClients(session, OneByOne(session))
         startup_s = time.monotonic() - session.started_s
-        records = tuple(
-            simulation.round(round) for round in range(session.first_round, session.prepared.job.rounds + 1)
+        return Outcome(run_session(session, round_settings(session), clients), startup_s)
+
+
+class CohortTrainer(Protocol):
+    """A way to train clients in this process."""
+
+    def train(self, cohort: Sequence[ClientSetup], *, round: int) -> Sequence[ClientUpdate]:
+        """Train from the present global model, which stays as it is.
+
+        Args:
+            cohort: who trains.
+            round: seeds the order of the batches.
+
+        Returns:
+            The clients' updates, in the order of the cohort; each may still be read after later calls.
+
+        Raises:
+            TrainingError: a client's loss is not finite.
+        """
+        ...
+
+
+class SimulatedClients:
+    """Clients that all finish every round.
+
+    Args:
+        session: the job under way.
+        trainer: trains a cohort.
+    """
+
+    def __init__(self, session: Session, trainer: CohortTrainer) -> None:
+        self._prepared = session.prepared
+        self._trainer = trainer
+
+    def train(self, opening: Opening) -> Trained:
+        """Train the cohort.
+
+        Raises:
+            TrainingError: a client's loss is not finite.
+        """
+        setups = [self._prepared.clients[name] for name in opening.cohort]
+        updates = self._trainer.train(setups, round=opening.round)
+        traffic = [_traffic(setup, self._prepared) for setup in setups]
+        return Trained(
+            updates=updates,
+            bytes_up=sum(up for up, _ in traffic),
+            bytes_down=sum(down for _, down in traffic),
+            simulated_s=max(setup.predicted_s for setup in setups),
         )
-        return Outcome(records, startup_s)
+
+    def committed(self, round: int) -> None:
+        """Nothing was kept."""
 
 
-class _Simulation:
+class OneByOne:
+    """Trains one client after another, with the code that a client with a single device runs.
+
+    Args:
+        session: the job under way; told of every step.
+    """
+
     def __init__(self, session: Session) -> None:
         self._session = session
         self._prepared = session.prepared
@@ -68,57 +125,24 @@ class _Simulation:
             session.prepared.job.pipeline.options(), compress_activations="none", compress_gradients="none"
         )
         self._runner = StageRunner(self._stage, session.prepared.job.task, options=options)
-        self._evaluate = evaluator(session)
         self._names = next(iter(self._prepared.clients.values())).pushed(
             self._stage.blueprint, with_buffers=not self._prepared.job.strategy.keep_statistics_local
         )
-        self._own_buffers: dict[str, dict[str, object]] = {}
+        self._own_buffers: dict[str, dict[str, torch.Tensor]] = {}
 
-    def round(self, round: int) -> RoundRecord:
-        """One round of the algorithm."""
-        session, job = self._session, self._prepared.job
-        started_s = time.monotonic()
-        cohort = job.strategy.cohort(list(self._prepared.clients), round=round, seed=job.seed)
-        setups = [self._prepared.clients[name] for name in cohort]
-        session.observe(RoundStarted(round, cohort, sum(setup.round_samples for setup in setups)))
-        updates, reports = [], {}
-        for setup in setups:
-            update, report = self._client(setup, round)
-            updates.append(update)
-            reports[setup.name] = (report,)
-        session.model.apply(
-            job.aggregator.combine(updates, [float(r[0].num_examples) for r in reports.values()])
-        )
-        traffic = [_traffic(setup, self._prepared) for setup in setups]
-        record = make_record(round, reports, self._evaluate()).model_copy(
-            update={
-                "bytes_up": sum(up for up, _ in traffic),
-                "bytes_down": sum(down for _, down in traffic),
-                "pipeline_bytes": sum(_pipeline_bytes(setup) for setup in setups),
-                "wall_s": time.monotonic() - started_s,
-                "simulated_s": max(setup.predicted_s for setup in setups),
-            }
-        )
-        tensors, values = session.model.optimizer_state()
-        session.checkpoints.save(
-            Checkpoint(
-                round,
-                self._prepared.graph.fingerprint,
-                session.model.state,
-                tensors,
-                values,
-                session.model.optimizer_name,
-                record,
-            )
-        )
-        session.observe(RoundFinished(record))
-        return record
+    def train(self, cohort: Sequence[ClientSetup], *, round: int) -> list[ClientUpdate]:
+        """Train each client of the cohort in turn.
 
-    def _client(self, setup: ClientSetup, round: int) -> tuple[dict, DeviceReport]:  # type: ignore[type-arg]
+        Raises:
+            TrainingError: a client's loss is not finite.
+        """
+        return [self._train(setup, round) for setup in cohort]
+
+    def _train(self, setup: ClientSetup, round: int) -> ClientUpdate:
         # one stage takes any schedule of one stage a device; gradients are the same under all
         work = replace(setup.work, schedule=OneFOneB(warmup="short"))
         before = self._session.model.state
-        self._stage.load_state({**before, **self._own_buffers.get(setup.name, {})})  # type: ignore[dict-item]
+        self._stage.load_state({**before, **self._own_buffers.get(setup.name, {})})
         trainer = LocalTrainer(
             self._runner,
             work,
@@ -134,10 +158,7 @@ class _Simulation:
 
         result = trainer.train(round=round, on_step=tell)
         after = dict(zip(self._names, self._stage.state_tensors(self._names), strict=True))
-        if self._prepared.job.strategy.keep_statistics_local:
-            kept = [n for n, spec in self._stage.blueprint.state.items() if spec.kind == "buffer"]
-            tensors = self._stage.state_tensors(kept)
-            self._own_buffers[setup.name] = {n: t.clone() for n, t in zip(kept, tensors, strict=True)}
+        self._keep_buffers(setup)
         report = DeviceReport(
             num_examples=setup.round_samples,
             loss_sum=result.loss_sum,
@@ -146,8 +167,17 @@ class _Simulation:
             evaluation_loss_sum=evaluation.loss_sum,
             evaluation_weight=evaluation.weight,
             evaluation_correct=evaluation.num_correct,
+            pipeline_bytes=_pipeline_bytes(setup),
         )
-        return difference({name: tensor.detach() for name, tensor in after.items()}, before), report
+        change = difference({name: tensor.detach() for name, tensor in after.items()}, before)
+        return ClientUpdate(setup.name, round, change, (report,))
+
+    def _keep_buffers(self, setup: ClientSetup) -> None:
+        """Statistics that stay at the client, where the strategy wants that."""
+        if self._prepared.job.strategy.keep_statistics_local:
+            kept = [n for n, spec in self._stage.blueprint.state.items() if spec.kind == "buffer"]
+            tensors = self._stage.state_tensors(kept)
+            self._own_buffers[setup.name] = {n: t.clone() for n, t in zip(kept, tensors, strict=True)}
 
 
 def _traffic(setup: ClientSetup, prepared: Prepared) -> tuple[int, int]:
