@@ -1,0 +1,204 @@
+"""A chain bound to a model's tensors: a client's update on its way up, or a global stage on its way down.
+
+Both sides of the federation plane make one, of the same job, and so agree on what travels and on every random
+choice. Only trained parameters are transformed; buffers, frozen parameters and integers travel as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from fedmp.errors import ConfigError
+from fedmp.graph import StateSpec
+from fedmp.seeds import derive_seed
+from fedmp.updates.chain import Chain
+from fedmp.updates.transform import Part, PayloadError
+
+__all__ = ["Channel", "State", "is_finite"]
+
+State = Mapping[str, torch.Tensor]
+
+_PIECE = 1 << 16
+
+
+class Channel:
+    """Encodes and decodes tensors by name.
+
+    Args:
+        transforms: in order.
+        specs: of the tensors that may travel; others are taken for such as are not transformed.
+        seed: the job's.
+        direction: "up" for updates, "down" for global stages.
+
+    Raises:
+        ConfigError: the transforms are not in order, or not for this direction.
+    """
+
+    def __init__(
+        self,
+        transforms: Sequence[Any],
+        specs: Mapping[str, StateSpec],
+        *,
+        seed: int,
+        direction: Literal["up", "down"] = "up",
+    ) -> None:
+        self.chain = Chain(transforms)
+        if direction == "down":
+            _check_for_downlink(transforms, self.chain)
+        self._specs = specs
+        self._seed = seed
+        self._direction = direction
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every tensor travels as it is, and nothing is clipped."""
+        return self.chain.is_empty and self.chain.clip is None
+
+    def parts(self, name: str) -> dict[str, Part]:
+        """The tensors of a payload that tell of one of the model's, by their names in it."""
+        spec = self._specs[name]
+        part = Part(spec.shape, spec.dtype)
+        layout = self.chain.layout(part) if self._is_transformed(name) else {"": part}
+        return {_payload_name(name, suffix): made for suffix, made in layout.items()}
+
+    def encode(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        state: State,
+        *,
+        sender: str,
+        round: int,
+        norm: float | None = None,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """A payload for the wire.
+
+        Args:
+            tensors: a client's update, or what one of its devices has of it; or a global stage.
+            state: as the last call for this client returned it; empty at first.
+            sender: the client's name; "" on the way down.
+            round: in which the update began.
+            norm: the 2-norm of the client's whole update, where `tensors` are not all of it and the chain clips.
+
+        Returns:
+            The payload, and the state to keep for the next round. Tensors' state goes by their names, so
+            that a plan may change between rounds.
+        """
+        factor = self._factor(tensors, norm)
+        own = _by_name(state)
+        payload: dict[str, torch.Tensor] = {}
+        kept: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            if not self._is_transformed(name):
+                payload[name] = tensor
+                continue
+            scaled = tensor if factor == 1.0 else tensor * factor
+            seed = self._seed_of(name, sender, round)
+            encoded = self.chain.encode(scaled, state=own.get(name, {}), seed=seed)
+            payload |= {_payload_name(name, suffix): part for suffix, part in encoded.parts.items()}
+            kept |= {f"{name}:{key}": value for key, value in encoded.state.items()}
+        return payload, kept
+
+    def decode(
+        self, name: str, read: Callable[[str], torch.Tensor], *, sender: str, round: int
+    ) -> torch.Tensor:
+        """One of the model's tensors from a payload.
+
+        Args:
+            name: of the tensor.
+            read: gives a tensor of the payload.
+            sender, round: as it was encoded with.
+
+        Raises:
+            PayloadError: the payload makes no sense.
+        """
+        if not self._is_transformed(name):
+            return read(name)
+        spec = self._specs[name]
+        part = Part(spec.shape, spec.dtype)
+        layout = self.chain.layout(part)
+        if layout == {"": part}:
+            return read(name)
+        parts = {suffix: read(_payload_name(name, suffix)) for suffix in layout}
+        return self.chain.decode(parts, part, seed=self._seed_of(name, sender, round))
+
+    def decode_all(
+        self, payload: Mapping[str, torch.Tensor], names: Iterable[str], *, sender: str, round: int
+    ) -> dict[str, torch.Tensor]:
+        """All of these tensors from a payload."""
+        return {name: self.decode(name, payload.__getitem__, sender=sender, round=round) for name in names}
+
+    def check(
+        self, name: str, read: Callable[[str], torch.Tensor], *, sender: str, round: int
+    ) -> torch.Tensor:
+        """One of the model's tensors from a payload that anyone may have written.
+
+        Raises:
+            PayloadError: a part has another shape or dtype, is not finite, or makes no sense.
+        """
+        for part_name, part in self.parts(name).items():
+            tensor = read(part_name)
+            if wrong := part.explain(tensor):
+                raise PayloadError(f"{part_name} {wrong}", "wrong-shape-or-dtype")
+            if tensor.dtype.is_floating_point and not is_finite(tensor):
+                raise PayloadError(f"{part_name} holds NaN or infinity", "not-finite")
+        try:
+            return self.decode(name, read, sender=sender, round=round)
+        except PayloadError as error:
+            raise PayloadError(f"{name}: {error}", error.reason) from error
+
+    def square_sum(self, tensors: Mapping[str, torch.Tensor]) -> float:
+        """The squared 2-norm of what is transformed, for clipping by the norm over several devices."""
+        return math.fsum(
+            float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+            for name, tensor in tensors.items()
+            if self._is_transformed(name)
+        )
+
+    def _factor(self, tensors: Mapping[str, torch.Tensor], norm: float | None) -> float:
+        if self.chain.clip is None:
+            return 1.0
+        return self.chain.clip.factor(math.sqrt(self.square_sum(tensors)) if norm is None else norm)
+
+    def _is_transformed(self, name: str) -> bool:
+        spec = self._specs.get(name)
+        return (
+            spec is not None
+            and spec.kind == "parameter"
+            and spec.requires_grad
+            and spec.dtype.is_floating_point
+        )
+
+    def _seed_of(self, name: str, sender: str, round: int) -> int:
+        return derive_seed(self._seed, "transforms", self._direction, sender, round, name)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """A piece at a time: stays within the cache, and needs no memory of the tensor's size."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_PIECE))
+
+
+def _check_for_downlink(transforms: Sequence[Any], chain: Chain) -> None:
+    if chain.clip is not None:
+        raise ConfigError("downlink: Clip is for updates; global weights are not to be scaled")
+    for transform in transforms:
+        if getattr(transform, "error_feedback", False):
+            raise ConfigError(
+                f"downlink: {type(transform).__name__} leaves out most of a tensor and makes up for it in later "
+                f"updates; weights go out whole. Use bf16, fp16, int8 or int4"
+            )
+
+
+def _payload_name(name: str, suffix: str) -> str:
+    return f"{name}:{suffix}" if suffix else name
+
+
+def _by_name(state: State) -> dict[str, dict[str, torch.Tensor]]:
+    slots: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        name, _, slot = key.rpartition(":")
+        slots.setdefault(name, {})[slot] = value
+    return slots
