@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from fedmp.coordinator import Board
 from fedmp.errors import FedmpError, PipelineError, RefusedError, RoundError, TrainingError
-from fedmp.records import Address, FailureReport
+from fedmp.records import Address, FailureReport, Ready
 from tests.support.service import members
 
 MEMBERS = members()
@@ -147,13 +148,13 @@ def test_devices_join_before_they_train_and_agree_on_their_samples() -> None:
     board = Board(MEMBERS, joins=True)
     board.open_round(1, ("ann", "bob"))
     assert board.instruction_for(MEMBERS["ann0"]).kind == "join"
-    assert board.join(MEMBERS["ann1"], None) is None
-    assert board.join(MEMBERS["ann0"], 45) == 45
-    assert board.join(MEMBERS["ann1"], None) == 45
+    assert board.join(MEMBERS["ann1"], Ready(job="j")) is None
+    assert board.join(MEMBERS["ann0"], Ready(job="j", num_samples=45)) == 45
+    assert board.join(MEMBERS["ann1"], Ready(job="j")) == 45
     assert board.samples_of("bob") is None
     assert board.instruction_for(MEMBERS["ann0"]).kind == "train"
     with pytest.raises(RefusedError, match="ann/d1 holds 44 samples, but ann/d0 holds 45"):
-        board.join(MEMBERS["ann1"], 44)
+        board.join(MEMBERS["ann1"], Ready(job="j", num_samples=44))
 
 
 def test_the_end_waits_until_every_device_has_heard_of_it() -> None:
@@ -233,3 +234,43 @@ def test_a_client_whose_updates_are_in_is_not_planned_anew() -> None:
     assert board.replace_client("bob", {}) is None
     assert board.replace_client("ann", {}) == {0, 1}
     assert {member.client for member in board.members.values()} == {"bob"}
+
+
+def test_what_an_earlier_plan_made_does_not_count_for_the_next_one() -> None:
+    """Of two devices the first has reported; the new plan has but one, of the same rank."""
+    board = healing()
+    report_all(board, "bob")
+    assert board.reported(MEMBERS["ann0"], 3, 5)
+    alone = replace(MEMBERS["ann0"], stages=(0, 1), plan="another")
+    assert board.replace_client("ann", {"ann0": alone}) == {0, 1}
+    assert board.missing() == {"ann": [0, 1]}
+    assert not board.reported(MEMBERS["ann0"], 3, 5), "that device is another one now"
+    assert board.reported(alone, 3, 5)
+    assert board.wait_for_cohort(timeout_s=0) is True
+
+
+def test_a_device_of_another_plan_is_told_to_ask_for_the_job_again() -> None:
+    planned = {name: replace(member, plan="first") for name, member in MEMBERS.items()}
+    board = Board(planned, joins=True)
+    board.open_round(1, ("ann", "bob"))
+    board.join(planned["ann0"], Ready(job="j", plan="first"))
+    again = replace(planned["ann0"], plan="second")
+    board.replace_client("ann", {"ann0": again})
+    told = board.instruction_for(again)
+    assert (told.kind, told.plan) == ("join", "second")
+    with pytest.raises(RefusedError, match="the model of ann was cut anew") as refused:
+        board.join(again, Ready(job="j", plan="first"))
+    assert (refused.value.status, refused.value.reason) == (409, "other-plan")
+
+
+def test_a_device_that_cannot_take_its_place_waits_until_it_is_started_anew() -> None:
+    board = Board(MEMBERS, joins=True)
+    board.open_round(1, ("ann", "bob"))
+    ready = Ready(job="j", process="one")
+    board.join(MEMBERS["ann0"], ready.model_copy(update={"unable": "no data here"}))
+    assert board.unable() == {("ann", "d0"): "no data here"}
+    assert board.instruction_for(MEMBERS["ann0"]).kind == "wait"
+    board.join(MEMBERS["ann0"], ready)
+    assert board.unable() == {("ann", "d0"): "no data here"}, "the same process holds what it held"
+    board.join(MEMBERS["ann0"], ready.model_copy(update={"process": "two"}))
+    assert board.unable() == {}

@@ -20,11 +20,14 @@ import torch
 from safetensors.torch import load_file
 
 from fedmp import Job
+from fedmp.admin import certs
 from fedmp.coordinator import Board, CheckpointStore, GlobalModel, Journal
 from fedmp.engine.deploy import DeployEngine
 from fedmp.engine.device import DeviceSettings, LocalJob, run_deployed_device
 from fedmp.errors import FedmpError
 from fedmp.identity import Credentials, CredentialStore
+from fedmp.records import Event, Note
+from tests.support.machines import Machines, enter
 
 # every step of a round, as the method that does it, and whether the kill comes before or after it
 STEPS: dict[str, tuple[type, str, str]] = {
@@ -52,15 +55,34 @@ class Deployment:
         folder: for everything.
         job: what all train.
         config: the same for all, to be compared.
+        engine: further settings of the coordinator.
+        settings: further settings of the devices.
+        machines: of their own, where the coordinator is on "fed" and each device on that of its name; they
+            speak TLS then.
     """
 
-    def __init__(self, folder: Path, job: Job, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        job: Job,
+        config: Mapping[str, Any] | None = None,
+        *,
+        engine: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        machines: Machines | None = None,
+    ) -> None:
+        self._machines = machines
+        self._more_engine = dict(engine or {})
+        self._more_settings = dict(settings or {})
         self.folder = folder
         self.job = job
         self.config = dict(config or {"seed": job.seed})
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.host = machines.address("fed") if machines else "127.0.0.1"
+        self.url = f"{'https' if machines else 'http'}://{self.host}:{self.port}"
+        if machines:
+            certs([self.host, "--folder", str(folder / "federation")])
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["fedmp.engine.preload"])
         self._processes: list[BaseProcess] = []
@@ -84,12 +106,13 @@ class Deployment:
     @property
     def engine(self) -> DeployEngine:
         """The coordinator's."""
-        return DeployEngine(port=self.port, folder=self.folder / "federation", farewell_s=10)
+        usual = {"host": self.host, "port": self.port, "folder": self.folder / "federation", "farewell_s": 10}
+        return DeployEngine(**{**usual, **self._more_engine})
 
     def coordinator(self, *, kill_at: str = "", nth: int = 1) -> BaseProcess:
         """Start it; at the nth time that it comes to a step it kills itself."""
         arguments = (self.job, self.engine, self.folder / "run", self.config, kill_at, nth)
-        return self._start(_serve, arguments)
+        return self._start("fed", _serve, arguments)
 
     def device(
         self, client: str, device: str, *, job: Job | None = None, config: Mapping[str, Any] | None = None
@@ -97,8 +120,20 @@ class Deployment:
         """Start a device."""
         path = self.folder / f"{client}.{device}.json"
         token = self.tokens[client, device]
-        Credentials(client=client, device=device, token=token, coordinator=self.url).save(path)
-        return self._start(_take_part, (job or self.job, config or self.config, path))
+        ca = (self.folder / "federation" / "ca.pem").read_text() if self._machines else None
+        Credentials(client=client, device=device, token=token, coordinator=self.url, ca=ca).save(path)
+        host = self._machines.address(device) if self._machines else "127.0.0.1"
+        settings = DeviceSettings(
+            **{
+                "credentials": path,
+                "num_threads": 1,
+                "patience_s": 60,
+                "transfer_timeout_s": 60,
+                "host": host,
+                **self._more_settings,
+            }
+        )
+        return self._start(device, _take_part, (job or self.job, config or self.config, settings))
 
     def devices(self) -> list[BaseProcess]:
         """Start all of them."""
@@ -114,14 +149,20 @@ class Deployment:
             self.folder / "run" / "checkpoints" / f"round-{self.job.rounds:05d}" / "model.safetensors"
         )
 
+    def notes(self) -> list[str]:
+        """What the coordinator has told so far."""
+        path = self.folder / "notes.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
     def get(self, path: str) -> Any:
         """What the service says of itself; None while it is away."""
         with contextlib.suppress(OSError), urllib.request.urlopen(self.url + path, timeout=5) as answer:
             return json.loads(answer.read())
         return None
 
-    def _start(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
-        process = self._context.Process(target=target, args=arguments, daemon=True)
+    def _start(self, machine: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
+        namespace = self._machines.namespace(machine) if self._machines else ""
+        process = self._context.Process(target=_on, args=(namespace, target, arguments), daemon=True)
         process.start()
         self._processes.append(process)
         return process
@@ -155,18 +196,33 @@ def _serve(
         _set_trap(kill_at, nth)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     resume = (run_dir / "checkpoints").is_dir()
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Note):
+            with (run_dir.parent / "notes.txt").open("a") as file:
+                file.write(f"{event.message}\n")
+
     try:
-        job.run(engine, run_dir=run_dir, resume=resume, observe=lambda _: None, config=config)
+        job.run(engine, run_dir=run_dir, resume=resume, observe=observe, config=config)
+    except FedmpError as error:
+        (run_dir.parent / "coordinator.error").write_text(str(error))
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(143) from None
 
 
-def _take_part(job: Job, config: Mapping[str, Any], credentials: Path) -> None:
-    settings = DeviceSettings(credentials=credentials, num_threads=1, patience_s=60, transfer_timeout_s=60)
+def _on(namespace: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    if namespace:
+        enter(namespace)
+    target(*arguments)
+
+
+def _take_part(job: Job, config: Mapping[str, Any], settings: DeviceSettings) -> None:
+    assert settings.credentials is not None
     try:
         run_deployed_device([LocalJob(job, config)], settings)
     except FedmpError as error:
-        credentials.with_suffix(".error").write_text(str(error))
+        settings.credentials.with_suffix(".error").write_text(str(error))
         raise SystemExit(2) from error
 
 

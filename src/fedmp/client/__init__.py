@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedmp.client.device import DeviceSpec, run_device, serve_job
+from fedmp.client.device import DeviceSpec, heartbeat, run_device, serve_job
 from fedmp.client.federation import Federation, HttpFederation
 from fedmp.client.training import LocalTrainer, LocalWork
 
@@ -12,6 +12,7 @@ __all__ = [
     "HttpFederation",
     "LocalTrainer",
     "LocalWork",
+    "heartbeat",
     "run_device",
     "serve_job",
 ]

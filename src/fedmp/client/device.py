@@ -31,7 +31,7 @@ from fedmp.stages import Stage, StageBlueprint
 from fedmp.tasks import Task
 from fedmp.updates import difference, trained_names
 
-__all__ = ["DeviceSpec", "run_device", "serve_job"]
+__all__ = ["DeviceSpec", "heartbeat", "run_device", "serve_job"]
 
 _TIMELINE_STEP = 1
 _PROGRESS_S = 0.5
@@ -63,6 +63,8 @@ class DeviceSpec:
         num_threads: for torch on the CPU; 0 leaves torch's default.
         timeout_s: deadline of one transfer between devices.
         ready: what it tells a coordinator that does not know it; None where every coordinator does.
+        plan: digest of the plan that all of this follows.
+        process: names this process; empty for a name of its own.
         heartbeat_s: how often it tells that it is alive.
         faults: what shall go wrong on it.
     """
@@ -87,6 +89,8 @@ class DeviceSpec:
     num_threads: int = 1
     timeout_s: float = 60.0
     ready: Ready | None = None
+    plan: str = ""
+    process: str = ""
     heartbeat_s: float = 5.0
     faults: tuple[Fault, ...] = ()
 
@@ -108,10 +112,10 @@ def run_device(spec: DeviceSpec) -> int:
 
 
 def serve_job(spec: DeviceSpec, federation: Federation) -> Instruction:
-    """Train a job's rounds until the coordinator ends the job.
+    """Train a job's rounds until the coordinator ends the job, or has a new plan for it.
 
     Returns:
-        The instruction that ended it: "stop" or "next".
+        The instruction that ended it: "stop", "next", or "join" in another plan.
 
     Raises:
         FedmpError: the device had to give up; the coordinator was told why, if it could be reached.
@@ -120,7 +124,7 @@ def serve_job(spec: DeviceSpec, federation: Federation) -> Instruction:
         torch.set_num_threads(spec.num_threads)
     device: _Device | None = None
     try:
-        with _heartbeat(federation, spec.heartbeat_s):
+        with heartbeat(federation, spec.heartbeat_s):
             device = _Device(spec, federation)
             return device.run()
     except FedmpError as error:
@@ -133,7 +137,7 @@ def serve_job(spec: DeviceSpec, federation: Federation) -> Instruction:
 
 
 @contextlib.contextmanager
-def _heartbeat(federation: Federation, interval_s: float) -> Iterator[None]:
+def heartbeat(federation: Federation, interval_s: float) -> Iterator[None]:
     """Tell the coordinator now and then that this process is not hanging, whatever it waits for."""
     is_done = threading.Event()
 
@@ -159,7 +163,7 @@ class _Device:
         self._spec = spec
         self._federation = federation
         self.round = 0
-        self._process = os.urandom(8).hex()
+        self._process = spec.process or os.urandom(8).hex()
         self._generation = -1
         self._meeting: Meeting | None = None
         self._stages = [Stage(blueprint).materialize(spec.torch_device) for blueprint in spec.blueprints]
@@ -171,9 +175,9 @@ class _Device:
         self._saboteur = Saboteur(spec.faults) if spec.faults else None
 
     def run(self) -> Instruction:
-        """Ask what to do, do it, and again; returns the instruction that ends the job."""
+        """Ask what to do, do it, and again; returns the instruction that ends the job, or its plan."""
         try:
-            while (instruction := self._ask()).kind not in ("stop", "next"):
+            while not self._is_over(instruction := self._ask()):
                 if instruction.kind == "train":
                     self._try(instruction)
                 elif instruction.kind == "join":
@@ -181,6 +185,12 @@ class _Device:
             return instruction
         finally:
             self._leave()
+
+    def _is_over(self, instruction: Instruction) -> bool:
+        """Whether there is nothing more to do for these stages."""
+        if instruction.kind == "join":
+            return instruction.plan != self._spec.plan
+        return instruction.kind in ("stop", "next")
 
     def _ask(self) -> Instruction:
         return self._federation.instruction(self._process)
@@ -266,11 +276,10 @@ class _Device:
 
     def _check_generation(self, generation: int) -> None:
         instruction = self._ask()
-        if instruction.kind == "join":
+        is_over = self._is_over(instruction)
+        if instruction.kind == "join" and not is_over:
             self._rejoin()
-        elif instruction.kind != "wait" and (
-            instruction.kind != "train" or instruction.generation > generation
-        ):
+        elif is_over or (instruction.kind == "train" and instruction.generation > generation):
             raise _GenerationIsOverError(f"generation {generation} is over")
 
     def _leave(self) -> None:

@@ -50,6 +50,10 @@ class Federation(Protocol):
         """The job that the coordinator offers; waits for one."""
         ...
 
+    def holds(self, plan: str) -> None:
+        """From now on this device holds stages of this plan; requests that assume another one are refused."""
+        ...
+
     def ready(self, message: Ready) -> Joined:
         """Say that this device can begin."""
         ...
@@ -109,12 +113,16 @@ class HttpFederation:
     ) -> None:
         self._url = url.rstrip("/")
         self._patience_s = patience_s
+        self._headers = {"authorization": f"Bearer {token}"}
         self._pool = urllib3.PoolManager(
-            headers={"authorization": f"Bearer {token}"},
             timeout=urllib3.Timeout(connect=min(timeout_s, _CONNECT_S), read=timeout_s),
             retries=False,
             ssl_context=context,
         )
+
+    def holds(self, plan: str) -> None:
+        """Say with every request of which plan this device holds stages."""
+        self._headers["fedmp-plan"] = plan
 
     def job(self) -> JobOffer:
         """The job that the coordinator offers; it may not have one yet."""
@@ -206,7 +214,7 @@ class HttpFederation:
             FederationError: there was none for `patience_s`, or it did not come from the coordinator.
         """
         deadline_s = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
-        headers = {**self._pool.headers, **(headers or {})}
+        headers = {**self._headers, **(headers or {})}
         for attempt in itertools.count():
             trouble: Exception
             try:

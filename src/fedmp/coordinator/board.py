@@ -23,7 +23,7 @@ from fedmp.errors import (
     RoundError,
     TrainingError,
 )
-from fedmp.records import Address, FailureReport, Instruction, ProgressReport
+from fedmp.records import Address, FailureReport, Instruction, ProgressReport, Ready
 
 __all__ = ["Board"]
 
@@ -56,6 +56,8 @@ class Board:
         self._attempts = Attempts(attempts)
         self._void: set[tuple[str, int]] = set()
         self._ready: dict[Member, int | None] = {}
+        self._samples: dict[str, int] = {}
+        self._unable: dict[tuple[str, str], tuple[str, str]] = {}
         self._told: set[Member] = set()
         self._changed = threading.Condition()
         self._instruction = Instruction(kind="wait", reason="the first round has not begun")
@@ -232,30 +234,44 @@ class Board:
         with self._changed:
             if self._instruction.kind == "train" and client in self._cohort and not self.is_training(client):
                 return None
+            self._ready = {member: held for member, held in self._ready.items() if member.client != client}
             old = {member.rank for member in self.members.values() if member.client == client}
+            if old:  # while the old members tell what is missing
+                self._begin_anew(client, "its model is cut anew")
             others = {key: member for key, member in self.members.items() if member.client != client}
             self.members = {**others, **members}
-            if old:
-                self._begin_anew(client, "its model is cut anew")
             self._void = {(name, rank) for name, rank in self._void if name != client}
             return old
 
     # called by the service
 
-    def join(self, member: Member, num_samples: int | None) -> int | None:
-        """A device can begin.
+    def join(self, member: Member, message: Ready) -> int | None:
+        """A device can begin, or says why it cannot.
 
         Args:
             member: the device.
-            num_samples: of its client; None if it holds no data.
+            message: what it says.
 
         Returns:
             Samples of the client; None while no device has told.
 
         Raises:
-            RefusedError: another device of the client holds another number of samples.
+            RefusedError: it holds stages of another plan, or another device of the client holds another
+                number of samples.
         """
+        num_samples = message.num_samples
         with self._changed:
+            if message.plan != member.plan or member not in self.members.values():
+                raise RefusedError(
+                    f"the model of {member.client} was cut anew; ask for the job again",
+                    status=409,
+                    reason="other-plan",
+                )
+            who = member.client, member.device
+            if message.unable:
+                self._unable[who] = message.process, message.unable
+            elif who in self._unable and self._unable[who][0] != message.process:
+                del self._unable[who]  # it was started anew, so something may have changed
             for other, held in self._ready.items():
                 if other.client == member.client and None not in (held, num_samples) and held != num_samples:
                     raise RefusedError(
@@ -265,13 +281,20 @@ class Board:
                         reason="disagreement",
                     )
             self._ready[member] = num_samples
+            if num_samples is not None:
+                self._samples[member.client] = num_samples
             self._notify()
-            return self._samples_of(member.client)
+            return self._samples.get(member.client)
+
+    def unable(self) -> dict[tuple[str, str], str]:
+        """Devices that cannot take their place in a plan, by client and device, and why."""
+        with self._changed:
+            return {who: reason for who, (_, reason) in self._unable.items()}
 
     def samples_of(self, client: str) -> int | None:
         """Samples of a client; None while none of its devices has told."""
         with self._changed:
-            return self._samples_of(client)
+            return self._samples.get(client)
 
     def instruction_for(self, member: Member, process: str = "") -> Instruction:
         """What a device should do now.
@@ -289,7 +312,9 @@ class Board:
                 self._changed.notify_all()
                 return self._instruction
             if self._joins and member not in self._ready:
-                return Instruction(kind="join", round=round, reason="say what you hold")
+                return Instruction(kind="join", round=round, reason="say what you hold", plan=member.plan)
+            if (member.client, member.device) in self._unable:
+                return Instruction(kind="wait", round=round, reason="this device cannot take its place")
             if not member.stages:
                 return Instruction(kind="wait", round=round, reason="the plan leaves this device out")
             if kind == "train" and member.client not in self._cohort:
@@ -335,6 +360,8 @@ class Board:
         """
         with self._changed:
             if self._instruction.kind != "train" or self._instruction.round != round:
+                return False
+            if member not in self.members.values():  # its client's model was cut anew in the meantime
                 return False
             address = self._addresses.get(member.client)
             if address is not None and generation != address.generation:
@@ -431,10 +458,6 @@ class Board:
             and member.client not in self._attempts.given_up
             and member.stages
         } - self._reported.keys()
-
-    def _samples_of(self, client: str) -> int | None:
-        told = [held for member, held in self._ready.items() if member.client == client and held is not None]
-        return told[0] if told else None
 
 
 def _is_consequence(report: FailureReport) -> bool:

@@ -20,6 +20,7 @@ class Member:
         pushed: tensors that it must push.
         stage_key: equal for devices that pull the same tensors.
         max_update_bytes: longest body that it may push.
+        plan: digest of the client's plan; empty where devices need not know it.
     """
 
     client: str
@@ -30,6 +31,7 @@ class Member:
     pushed: tuple[str, ...]
     stage_key: str
     max_update_bytes: int
+    plan: str = ""
 
 
 @dataclass(frozen=True)

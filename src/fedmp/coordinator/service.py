@@ -172,7 +172,7 @@ class CoordinatorService:
 
     async def job(self, request: Request) -> JobOffer:
         """The job, as the asking device needs to know it."""
-        member = self._member(request)
+        member = self._member(request, any_plan=True)
         assert self._offer is not None
         if self._board.status().kind in ("stop", "next"):
             raise RefusedError("this job is over; the next has not come yet", status=503, reason="not-yet")
@@ -180,21 +180,22 @@ class CoordinatorService:
 
     async def ready(self, request: Request) -> Joined:
         """Note that a device can begin, and what it holds."""
-        member = self._member(request)
+        member = self._member(request, any_plan=True)
         message = await read_message(request, Ready, self._limits)
         assert self._offer is not None
         if message.job != self._offer(member).job:
             raise RefusedError("that is not the job that is offered here", status=409, reason="wrong-job")
-        return Joined(num_samples=self._board.join(member, message.num_samples))
+        return Joined(num_samples=self._board.join(member, message))
 
     async def instruction(
         self, request: Request, process: Annotated[str, Query(max_length=64)] = ""
     ) -> Instruction:
         """What the asking device should do now; held back while that is to wait."""
-        member = self._member(request)
+        self._member(request, any_plan=True)
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._limits.long_poll_s
         while True:
+            member = self._who(request)  # with another part once its client is planned anew
             news = asyncio.Event()
             self._waiting.add(news)
             try:
@@ -276,7 +277,7 @@ class CoordinatorService:
 
     async def alive(self, request: Request) -> None:
         """Note that a device is not hanging."""
-        self._member(request)
+        self._member(request, any_plan=True)
 
     async def failure(self, request: Request) -> None:
         """Note that a device cannot go on."""
@@ -298,13 +299,29 @@ class CoordinatorService:
         """Where the asking device's first device listens; null if not known yet."""
         return self._board.address_of(self._member(request).client)
 
-    def _member(self, request: Request) -> Member:
+    def _member(self, request: Request, *, any_plan: bool = False) -> Member:
+        """Who asks.
+
+        Raises:
+            RefusedError: nobody that is known, or one that holds stages of a plan that is no more.
+        """
+        member = self._who(request)
+        self._board.heard(member)
+        held = request.headers.get("fedmp-plan", "")
+        if held and member.plan and held != member.plan and not any_plan:
+            raise RefusedError(
+                f"the model of {member.client} was cut anew; ask for the job again",
+                status=409,
+                reason="other-plan",
+            )
+        return member
+
+    def _who(self, request: Request) -> Member:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             raise RefusedError("unknown credential", status=401, reason="unknown-credential")
         member = self._identify(token)
         request.state.member = member
-        self._board.heard(member)
         return member
 
     def _check_round(self, round: int, member: Member) -> None:

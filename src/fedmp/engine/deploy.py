@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,21 +19,26 @@ from fedmp.coordinator import (
     Journal,
     Limits,
     Member,
+    Opening,
     RemoteClients,
     RoundSettings,
     Tls,
+    Trained,
     check_address,
 )
 from fedmp.engine.agreement import agreement_of, job_name
+from fedmp.engine.attendance import Attendance, Patience
 from fedmp.engine.job import Job
-from fedmp.engine.members import members_of
+from fedmp.engine.plan_book import PlanBook
 from fedmp.engine.prepare import Prepared, prepare_without_clients_data
 from fedmp.engine.session import Outcome, Session, Timelines, round_settings, run_session
-from fedmp.errors import ConfigError, FedmpError, RefusedError
+from fedmp.errors import ConfigError, FederationError, FedmpError, RefusedError, RoundError
 from fedmp.identity import CredentialStore
 from fedmp.records import JobOffer, Note
 
 __all__ = ["DeployEngine"]
+
+_HEARTBEAT_S = 5.0
 
 
 class DeployEngine(Component):
@@ -52,6 +58,11 @@ class DeployEngine(Component):
         farewell_s: how long to wait at the end until every device has heard of it.
         stall_timeout_s: longest pause within a transfer.
         attempts: of a client at one round, whose pipeline breaks or whose devices are started anew.
+        wait_s: how long devices that have not been heard yet are waited for, before their client is cut over
+            the others; they may join a running job later.
+        absence_s: a device that is silent for so long is lost, and its client cut over the others.
+        stranded_s: how long a client that no plan fits any more is waited for, where the round cannot do
+            without it.
         more_to_come: send devices on to a next job at the end instead of home.
     """
 
@@ -68,6 +79,9 @@ class DeployEngine(Component):
     farewell_s: float = Field(default=15.0, ge=0)
     stall_timeout_s: float = Field(default=30.0, gt=0)
     attempts: int = Field(default=8, ge=1)
+    wait_s: float = Field(default=300.0, ge=0)
+    absence_s: float = Field(default=60.0, gt=0)
+    stranded_s: float = Field(default=3600.0, ge=0)
     more_to_come: bool = False
 
     @property
@@ -122,23 +136,27 @@ class DeployEngine(Component):
     def run(self, session: Session) -> Outcome:
         """Serve the job until its last round is committed.
 
-        Left by an interrupt, the devices are told nothing: they wait for the coordinator to come back.
+        Left by an interrupt, the devices are told nothing: they wait for the coordinator to come back. So they
+        are if a round could not be closed or the disk is full, which whoever runs the coordinator can mend.
 
         Raises:
-            FedmpError: a device failed, or a round did not close in time.
+            FedmpError: a device failed, a round did not close in time, or the disk is full.
         """
         prepared = session.prepared
-        members = {f"{member.client}/{member.device}": member for member in members_of(prepared)}
-        board = Board(members, joins=True, attempts=self.attempts)
+        board = Board({}, joins=True, attempts=self.attempts)
         journal = Journal(session.journal_folder, prepared.graph.state)
         settings = round_settings(session)
-        clients = RemoteClients(
-            board,
-            journal,
-            predicted_s=settings.predicted_s,
-            round_timeout_s=self.round_timeout_s,
-            watch=_census(board, prepared, settings),
-            observe=session.observe,
+        attendance = self._attendance(session, board, journal, settings)
+        clients = _Attending(
+            attendance,
+            RemoteClients(
+                board,
+                journal,
+                predicted_s=settings.predicted_s,
+                round_timeout_s=self.round_timeout_s,
+                watch=attendance.check,
+                observe=session.observe,
+            ),
         )
         timelines = Timelines()
         service = CoordinatorService(
@@ -147,11 +165,11 @@ class DeployEngine(Component):
             session.model,
             host=self.host,
             port=self.port,
-            identify=_doorkeeper(self.store(), members),
+            identify=_doorkeeper(self.store(), board),
             tls=self.tls(),
             limits=Limits(stall_timeout_s=self.stall_timeout_s),
             open_metrics=self.open_metrics,
-            offer=_offers(session),
+            offer=_offers(session, attendance, heartbeat_s=min(self.absence_s / 4, _HEARTBEAT_S)),
         )
 
         with service:
@@ -159,18 +177,57 @@ class DeployEngine(Component):
             startup_s = time.monotonic() - session.started_s
             try:
                 records = run_session(session, settings, clients, timelines)
+            except RoundError:
+                raise
             except FedmpError as error:
                 self._say_farewell(board, str(error))
                 raise
+            except OSError as error:
+                raise FederationError(
+                    f"the coordinator cannot write to {session.journal_folder.parent}: {error}. What was committed "
+                    f"is safe, and the devices wait: make room, and start the coordinator again"
+                ) from error
             self._say_farewell(board, "the job is over")
         return Outcome(records, startup_s, timelines.by_client)
+
+    def _attendance(
+        self, session: Session, board: Board, journal: Journal, settings: RoundSettings
+    ) -> Attendance:
+        samples, predicted = settings.round_samples, settings.predicted_s
+        assert isinstance(samples, dict)
+        assert isinstance(predicted, dict)
+        return Attendance(
+            session.prepared,
+            board,
+            journal,
+            book=PlanBook(session.journal_folder / "plans.json"),
+            patience=Patience(self.wait_s, self.absence_s, self.stranded_s),
+            round_samples=samples,
+            predicted_s=predicted,
+            observe=session.observe,
+        )
 
     def _say_farewell(self, board: Board, reason: str) -> None:
         board.stop(reason, is_last=not self.more_to_come)
         board.wait_until_told(timeout_s=self.farewell_s)
 
 
-def _doorkeeper(store: CredentialStore, members: Mapping[str, Member]) -> Callable[[str], Member]:
+@dataclass(frozen=True)
+class _Attending:
+    """The clients, each cut anew over the devices that are there when a round begins."""
+
+    attendance: Attendance
+    remote: RemoteClients
+
+    def train(self, opening: Opening) -> Trained:
+        self.attendance.begin_round(num_spare=len(opening.cohort) - opening.minimum)
+        return self.remote.train(opening)
+
+    def committed(self, round: int) -> None:
+        self.remote.committed(round)
+
+
+def _doorkeeper(store: CredentialStore, board: Board) -> Callable[[str], Member]:
     """Who asks, by the token that they show."""
 
     def identify(token: str) -> Member:
@@ -180,16 +237,17 @@ def _doorkeeper(store: CredentialStore, members: Mapping[str, Member]) -> Callab
         name = f"{identity.client}/{identity.device}"
         if identity.is_revoked:
             raise RefusedError(f"the credential of {name} was revoked", status=403, reason="revoked")
-        if name not in members:
+        member = board.members.get(name)
+        if member is None:
             raise RefusedError(
                 f"{name} is not in the topology of this job", status=403, reason="not-in-topology"
             )
-        return members[name]
+        return member
 
     return identify
 
 
-def _offers(session: Session) -> Callable[[Member], JobOffer]:
+def _offers(session: Session, attendance: Attendance, *, heartbeat_s: float) -> Callable[[Member], JobOffer]:
     """The job as each device needs to know it."""
     prepared = session.prepared
     agreed = agreement_of(session.config)
@@ -202,32 +260,17 @@ def _offers(session: Session) -> Callable[[Member], JobOffer]:
             device=member.device,
             client_index=names.index(member.client),
             num_clients=len(names),
-            plan=prepared.plans[member.client],
+            plan=attendance.setup_of(member.client).plan,
             fingerprint=prepared.graph.fingerprint,
             agreed=agreed,
             sample_shape=prepared.sample_shape,
             sample_dtype=str(prepared.sample_dtype).removeprefix("torch."),
             record_timeline=prepared.job.trace or member.client == names[0],
             versions={"fedmp": fedmp.__version__, "torch": torch.__version__},
+            heartbeat_s=heartbeat_s,
         )
 
     return offer
-
-
-def _census(board: Board, prepared: Prepared, settings: RoundSettings) -> Callable[[], None]:
-    """Note how many samples each client has, once its devices have said so."""
-    samples, predicted = settings.round_samples, settings.predicted_s
-    assert isinstance(samples, dict)
-    assert isinstance(predicted, dict)
-
-    def count() -> None:
-        for name, setup in prepared.clients.items():
-            num_samples = board.samples_of(name)
-            if num_samples is not None and not samples[name]:
-                known = setup.with_samples(num_samples)
-                samples[name], predicted[name] = known.round_samples, known.predicted_s
-
-    return count
 
 
 def _is_loopback(host: str) -> bool:

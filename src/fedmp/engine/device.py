@@ -2,6 +2,8 @@
 
 It has the same job config as the coordinator, made here, so nothing that could be executed is received. It
 traces the model itself, on the meta device, where it has no weights: they come stage by stage with each pull.
+When its client's model is cut anew, it asks for the job again, cuts its new stages from the graph that it has,
+and goes on.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 import fedmp
-from fedmp.client import DeviceSpec, Federation, HttpFederation, serve_job
+from fedmp.client import DeviceSpec, Federation, HttpFederation, heartbeat, serve_job
 from fedmp.data import Dataset
 from fedmp.engine.agreement import check_agreement
 from fedmp.engine.job import Job
 from fedmp.engine.prepare import build_model, local_work, part_of, trace_model
-from fedmp.errors import ConfigError, DataError, TraceError
+from fedmp.errors import ConfigError, DataError, RefusedError, TraceError
 from fedmp.graph import LayerGraph
 from fedmp.identity import Credentials
 from fedmp.records import JobOffer, Ready
@@ -38,6 +40,7 @@ __all__ = ["DeviceSettings", "LocalJob", "run_deployed_device"]
 
 _log = logging.getLogger("fedmp.device")
 _ASK_AGAIN_S = 0.5
+_LONGEST_EXCUSE = 1000
 
 
 class DeviceSettings(BaseModel):
@@ -95,18 +98,46 @@ def run_deployed_device(jobs: Sequence[LocalJob], settings: DeviceSettings) -> N
     credentials = Credentials.load(settings.credentials)
     federation = _dial(credentials, settings)
     _bind_pipeline(settings.host)
+    process = os.urandom(8).hex()
+    known: _Known | None = None
     while True:
         offer = federation.job()
         if (offer.client, offer.device) != (credentials.client, credentials.device):
             raise ConfigError(
                 f"the coordinator takes {credentials.client}/{credentials.device} for {offer.client}/{offer.device}"
             )
-        local = _find(jobs, offer)
-        spec = _prepare(local.job, offer, federation, settings)
-        _log.info("ready", extra={"fields": {"event": "ready", "job": offer.job, "client": offer.client}})
-        last = serve_job(spec, federation).kind if spec else _sit_out(offer, federation)
+        if known is None or known.name != offer.job:
+            known = _Known(offer.job, _find(jobs, offer).job)
+        federation.holds(offer.plan.digest)
+        with heartbeat(federation, offer.heartbeat_s):
+            spec = _prepare(known, offer, federation, settings, process)
+        if isinstance(spec, Ready):
+            last = _sit_out(spec, offer, federation)
+        else:
+            known.has_taken_part = True
+            _log.info("ready", extra={"fields": {"event": "ready", "job": offer.job, "client": offer.client}})
+            last = serve_job(spec, federation).kind
         if last == "stop":
             return
+
+
+@dataclass
+class _Known:
+    """What a device keeps of a job from one plan to the next.
+
+    Attributes:
+        name: of the job.
+        job: as this machine has it.
+        graph: of its model, once it is traced.
+        samples: of the client, once they are loaded.
+        has_taken_part: whether this process has had stages.
+    """
+
+    name: str
+    job: Job
+    graph: LayerGraph | None = None
+    samples: Dataset | None = None
+    has_taken_part: bool = False
 
 
 def _dial(credentials: Credentials, settings: DeviceSettings) -> HttpFederation:
@@ -141,19 +172,38 @@ def _find(jobs: Sequence[LocalJob], offer: JobOffer) -> LocalJob:
 
 
 def _prepare(
-    job: Job, offer: JobOffer, federation: Federation, settings: DeviceSettings
-) -> DeviceSpec | None:
-    """Trace, cut, load; None if the plan leaves this device out."""
-    plan = offer.plan
+    known: _Known, offer: JobOffer, federation: Federation, settings: DeviceSettings, process: str
+) -> DeviceSpec | Ready:
+    """Trace, cut, load.
+
+    Returns:
+        What to serve with; or, where the plan leaves this device out or should, what it has told.
+
+    Raises:
+        FedmpError: this device cannot take part at all.
+    """
+    job, plan = known.job, offer.plan
+    ready = Ready(job=offer.job, plan=plan.digest, process=process)
     if offer.device not in plan.devices:
-        federation.ready(Ready(job=offer.job))
-        return None
+        federation.ready(ready)
+        return ready
     rank = plan.devices.index(offer.device)
-    graph = _trace(job, offer)
-    drawn = draw_blueprints(graph, plan.cuts, device=torch.device(settings.torch_device))
+    known.graph = known.graph or _trace(job, offer)
+    drawn = draw_blueprints(known.graph, plan.cuts, device=torch.device(settings.torch_device))
     blueprints = tuple(drawn[stage] for stage in plan.placement[rank])
-    dataset = _own_data(job, offer, blueprints)
-    ready = Ready(job=offer.job, num_samples=None if dataset is None else len(dataset))
+    try:
+        dataset = _own_data(known, offer, blueprints)
+    except (DataError, OSError) as error:
+        ready = ready.model_copy(update={"unable": str(error)[:_LONGEST_EXCUSE]})
+        federation.ready(ready)
+        if not known.has_taken_part:  # more likely a mistake, which whoever starts the device should see
+            raise
+        _log.warning("left out: %s", error, extra={"fields": {"event": "unable", "client": offer.client}})
+        return ready
+    ready = ready.model_copy(update={"num_samples": None if dataset is None else len(dataset)})
+    num_samples = _join(federation, ready)
+    if num_samples is None:
+        return ready
     return DeviceSpec(
         url="",
         token="",
@@ -163,7 +213,7 @@ def _prepare(
         placement=plan.placement,
         blueprints=blueprints,
         dataset=dataset,
-        num_samples=_join(federation, ready),
+        num_samples=num_samples,
         task=job.task,
         work=local_work(job, plan),
         options=job.pipeline.options(),
@@ -175,6 +225,9 @@ def _prepare(
         num_threads=settings.num_threads,
         timeout_s=settings.transfer_timeout_s,
         ready=ready,
+        plan=plan.digest,
+        process=process,
+        heartbeat_s=offer.heartbeat_s,
         faults=tuple(f for f in job.faults if f.device == f"{offer.client}/{offer.device}"),
     )
 
@@ -212,17 +265,13 @@ def _trace(job: Job, offer: JobOffer) -> LayerGraph:
     return graph
 
 
-def _own_data(job: Job, offer: JobOffer, blueprints: Sequence[StageBlueprint]) -> Dataset | None:
+def _own_data(known: _Known, offer: JobOffer, blueprints: Sequence[StageBlueprint]) -> Dataset | None:
     """This client's samples, as far as the device needs them; a device in the middle loads nothing."""
     if not (blueprints[0].is_first or blueprints[-1].is_last):
         return None
-    train = job.source().load().train
-    rows = job.split.assign(train, offer.num_clients, derive_seed(job.seed, "split") % 2**32)[
-        offer.client_index
-    ]
-    if len(rows) == 0:
-        raise DataError(f"client {offer.client} has no training samples here; check data and split")
-    dataset = train.select(rows)
+    if known.samples is None:
+        known.samples = _load(known.job, offer)
+    dataset = known.samples
     if blueprints[0].is_first and tuple(dataset.input_batch([0]).shape[1:]) != offer.sample_shape:
         raise DataError(
             f"a sample of {offer.client} has shape {list(dataset.input_batch([0]).shape[1:])}, those of the "
@@ -231,18 +280,42 @@ def _own_data(job: Job, offer: JobOffer, blueprints: Sequence[StageBlueprint]) -
     return part_of(dataset, blueprints)
 
 
-def _join(federation: Federation, ready: Ready) -> int:
-    """Say that this device can begin; returns the client's number of samples, once a device has told it."""
-    while (num_samples := federation.ready(ready).num_samples) is None:
+def _load(job: Job, offer: JobOffer) -> Dataset:
+    train = job.source().load().train
+    rows = job.split.assign(train, offer.num_clients, derive_seed(job.seed, "split") % 2**32)[
+        offer.client_index
+    ]
+    if len(rows) == 0:
+        raise DataError(f"client {offer.client} has no training samples here; check data and split")
+    return train.select(rows)
+
+
+def _join(federation: Federation, ready: Ready) -> int | None:
+    """Say that this device can begin.
+
+    Returns:
+        The client's number of samples, once a device has told it; None if the plan is another one by then.
+    """
+    while True:
+        try:
+            num_samples = federation.ready(ready).num_samples
+        except RefusedError as error:
+            if error.reason != "other-plan":
+                raise
+            return None
+        if num_samples is not None:
+            return num_samples
         time.sleep(_ASK_AGAIN_S)
-    return num_samples
 
 
-def _sit_out(offer: JobOffer, federation: Federation) -> str:
-    """Wait for the end of a job whose plan leaves this device out."""
-    while (instruction := federation.instruction()).kind not in ("stop", "next"):
-        if instruction.kind == "join":
-            federation.ready(Ready(job=offer.job))
+def _sit_out(ready: Ready, offer: JobOffer, federation: Federation) -> str:
+    """Wait for the end of a job whose plan leaves this device out, or for another plan."""
+    with heartbeat(federation, offer.heartbeat_s):
+        while (instruction := federation.instruction(ready.process)).kind not in ("stop", "next"):
+            if instruction.kind == "join":
+                if instruction.plan != ready.plan:
+                    return "join"
+                federation.ready(ready)
     return instruction.kind
 
 

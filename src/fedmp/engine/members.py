@@ -19,13 +19,13 @@ def members_of(prepared: Prepared) -> Iterator[Member]:
 
 
 def members_of_client(prepared: Prepared, setup: ClientSetup) -> Iterator[Member]:
-    """Every device of one client."""
+    """Every device of one client, also those that are away."""
     plan = setup.plan
     for rank, (device, stages) in enumerate(zip(plan.devices, plan.placement, strict=True)):
         yield _member(prepared, setup, rank, device, stages)
-    for left_out in setup.client.devices:
+    for left_out in prepared.clients[setup.name].client.devices:
         if left_out.name not in plan.devices:
-            yield Member(setup.name, left_out.name, -1, (), (), (), "", 0)
+            yield Member(setup.name, left_out.name, -1, (), (), (), "", 0, plan.digest)
 
 
 def _member(
@@ -45,6 +45,7 @@ def _member(
         ),
         stage_key=hashlib.sha256("\n".join(pulled).encode()).hexdigest()[:16],
         max_update_bytes=sum(map(_max_bytes, blueprints)) + (4 << 20),
+        plan=setup.plan.digest,
     )
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "ClientSetup",
     "Prepared",
     "build_model",
+    "cut_by",
     "local_work",
     "part_of",
     "plan_anew",
@@ -162,11 +163,25 @@ def plan_anew(prepared: Prepared, setup: ClientSetup, devices: Sequence[Device])
         PlanError: no plan fits them.
     """
     client = setup.client.model_copy(update={"devices": tuple(devices)})
-    plan = _plan(prepared.job, prepared.graph, prepared.model, client)
-    blueprints = draw_blueprints(prepared.graph, plan.cuts, device=torch.device("cpu"))
-    work = local_work(prepared.job, plan)
-    anew = replace(setup, client=client, plan=plan, blueprints=blueprints, work=work)
-    return anew.with_samples(len(setup.own_samples))
+    return cut_by(prepared, setup, _plan(prepared.job, prepared.graph, prepared.model, client), devices)
+
+
+def cut_by(prepared: Prepared, setup: ClientSetup, plan: Plan, devices: Sequence[Device]) -> ClientSetup:
+    """Cut a client's model by a plan over these of its devices.
+
+    Raises:
+        PlanError: the plan's placement is not its schedule's.
+    """
+    anew = replace(
+        setup,
+        client=setup.client.model_copy(update={"devices": tuple(devices)}),
+        plan=plan,
+        blueprints=draw_blueprints(prepared.graph, plan.cuts, device=torch.device("cpu")),
+        work=local_work(prepared.job, plan),
+        round_samples=0,
+        predicted_s=0.0,
+    )
+    return anew if setup.dataset is None else anew.with_samples(len(setup.dataset))
 
 
 def local_work(job: Job, plan: Plan) -> LocalWork:

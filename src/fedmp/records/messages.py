@@ -32,13 +32,15 @@ class Instruction(_Message):
     """What a device should do next.
 
     Attributes:
-        kind: "train" a round; "wait" and ask again; "join", say what you hold, the coordinator does not know
-            you (it was started anew); "next", the job is over and another one follows; "stop", all is over.
+        kind: "train" a round; "wait" and ask again; "join", say what you hold: the coordinator was started anew
+            and does not know you, or your client's model was cut anew and you hold a stage of another plan;
+            "next", the job is over and another one follows; "stop", all is over.
         round: the round to train.
         generation: of the client's pipeline in which to train it; a device that has met its peers in an
             earlier one meets them anew.
         attempt: which attempt of the client at this round.
         reason: why to wait or stop, for people.
+        plan: digest of the plan in which to join; a device that holds another one asks for the job again.
     """
 
     kind: Literal["train", "wait", "join", "next", "stop"]
@@ -46,6 +48,7 @@ class Instruction(_Message):
     generation: int = Field(default=0, ge=0)
     attempt: int = Field(default=1, ge=1)
     reason: str = ""
+    plan: str = ""
 
 
 class Address(_Message):
@@ -81,6 +84,7 @@ class JobOffer(_Message):
         sample_shape, sample_dtype: of one model input.
         record_timeline: measure one step in the first round.
         versions: of the coordinator's libraries, by name.
+        heartbeat_s: how often the device should tell that it is alive.
     """
 
     job: str
@@ -95,6 +99,7 @@ class JobOffer(_Message):
     sample_dtype: str
     record_timeline: bool = False
     versions: Mapping[str, str] = Field(default_factory=dict)
+    heartbeat_s: float = Field(default=5.0, gt=0)
 
 
 class Ready(_Message):
@@ -103,10 +108,16 @@ class Ready(_Message):
     Attributes:
         job: the job that it is ready for.
         num_samples: of its client; None if it holds no data.
+        plan: digest of the plan that it holds its stages of.
+        process: names its process, as in its requests for instructions.
+        unable: why it cannot take its place in the plan, if it cannot: its client is planned without it.
     """
 
     job: str
     num_samples: int | None = Field(default=None, ge=1, le=2**53)
+    plan: str = Field(default="", max_length=64)
+    process: str = Field(default="", max_length=64)
+    unable: str = Field(default="", max_length=2000)
 
 
 class Joined(_Message):

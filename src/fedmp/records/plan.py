@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -83,6 +85,13 @@ class Plan(BaseModel):
     def graph(self) -> Any:
         """The traced model, where the plan was made in this process; else None."""
         return self._graph
+
+    @property
+    def digest(self) -> str:
+        """A name of this plan: equal for plans that cut and schedule alike, whatever they predict."""
+        places = [[stage.device, stage.start, stage.stop] for stage in self.stages]
+        text = json.dumps([self.fingerprint, self.schedule, self.num_microbatches, places])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def num_stages(self) -> int:
