@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmp.aggregate import WeightedMean
+from fedmp.aggregate.contract import StagedUpdate
 
 
 @settings(max_examples=50, deadline=None)
@@ -67,3 +68,31 @@ def test_the_updates_are_left_as_they_were() -> None:
 def test_weights_must_be_positive_and_one_an_update(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="need as many positive weights"):
         WeightedMean().combine([{"w": torch.ones(1)}, {"w": torch.ones(1)}], weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+def test_blocks_and_threads_change_no_bit(dtype: torch.dtype) -> None:
+    """The mean is one addition a client, in client order, whatever the tensor's size."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
+    updates = [
+        {"w": (4 * torch.randn(400_001, generator=generator, dtype=torch.float64)).to(dtype)} for _ in weights
+    ]
+    working = dtype if dtype in (torch.float32, torch.float64) else torch.float64
+    expected = torch.zeros(400_001, dtype=working)
+    for update, weight in zip(updates, weights, strict=True):
+        expected.add_(update["w"].to(working), alpha=weight / sum(weights))
+    if dtype == torch.bool:
+        expected = expected > 0.5
+    elif not dtype.is_floating_point:
+        expected = expected.round()
+    for read in (updates, [StagedUpdate(update, 1) for update in updates]):
+        assert torch.equal(WeightedMean().combine(read, weights)["w"], expected.to(dtype))
+
+
+def test_memory_formats_do_not_matter() -> None:
+    generator = torch.Generator().manual_seed(2)
+    plain = [{"w": torch.randn(4, 3, 5, 5, generator=generator)} for _ in range(3)]
+    odd = [{"w": update["w"].to(memory_format=torch.channels_last)} for update in plain]
+    weights = [1.0, 2.0, 3.0]
+    assert torch.equal(WeightedMean().combine(odd, weights)["w"], WeightedMean().combine(plain, weights)["w"])

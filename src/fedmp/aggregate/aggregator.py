@@ -1,0 +1,67 @@
+"""The seam of all aggregators: whole clients' updates and their weights come in, one update goes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from fedmp.errors import ConfigError
+
+__all__ = ["Aggregator", "check_tolerance", "check_updates"]
+
+
+@runtime_checkable
+class Aggregator(Protocol):
+    """A way to combine updates.
+
+    An update may have a property `gives_views`: whether reading one of its tensors gives a view of memory
+    or of a mapped file, so that many may be held at once. Without it only those of a dict are taken for views.
+    """
+
+    def combine(
+        self, updates: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
+    ) -> dict[str, torch.Tensor]:
+        """One update from many.
+
+        Args:
+            updates: one a client, in client order, all with the same names, shapes and dtypes, and all
+                names of a client together: some rules compare whole clients. A mapping may read its
+                tensors from disk when asked, so take them one name at a time.
+            weights: of the clients; positive.
+        """
+        ...
+
+
+def check_updates(updates: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]) -> None:
+    """Refuse no updates, and weights that are not positive or not one an update.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not updates or len(updates) != len(weights) or not min(weights) > 0:
+        raise ValueError(f"{len(updates)} updates need as many positive weights, not {list(weights)}")
+
+
+def check_tolerance(rule: str, num_clients: int, num_byzantine: int | None, *, factor: int) -> int:
+    """How many Byzantine clients a rule that needs `n >= factor * f + 3` shall withstand.
+
+    Args:
+        rule: its name, for the message.
+        num_clients: n, in this round.
+        num_byzantine: f as configured; None for the most that n allows.
+        factor: of the rule.
+
+    Raises:
+        ConfigError: n is too small.
+    """
+    most = (num_clients - 3) // factor
+    wanted = max(most, 0) if num_byzantine is None else num_byzantine
+    if num_clients < factor * wanted + 3:
+        less = f"num_byzantine of at most {most}" if most >= 0 else "another aggregator"
+        raise ConfigError(
+            f"{rule} with num_byzantine={wanted} needs at least {factor} x {wanted} + 3 = {factor * wanted + 3} "
+            f"clients a round, but {num_clients} reported; use larger cohorts or {less}"
+        )
+    return wanted
