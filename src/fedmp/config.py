@@ -70,6 +70,7 @@ class RunConfig(BaseModel):
     leaves: tuple[str, ...] = ()
     strategy: dict[str, Any]
     aggregator: dict[str, Any]
+    attack: dict[str, Any] | None = None
     optimizer: dict[str, Any]
     learning_rate: dict[str, Any]
     engine: dict[str, Any]
@@ -107,6 +108,7 @@ class RunConfig(BaseModel):
             task=_component("task", self.task),
             strategy=_component("strategy", self.strategy),
             aggregator=_component("aggregator", self.aggregator),
+            attack=_component("attack", self.attack) if self.attack else None,
             optimizer=_factory("optimizer", self.optimizer),
             learning_rate=_component("learning_rate", self.learning_rate),
             server_optimizer=(

@@ -178,3 +178,15 @@ def test_the_mean_does_not_depend_on_the_order_of_arrival(tmp_path: Path) -> Non
         )
     for mean in means[1:]:
         assert all(torch.equal(mean[name], means[0][name]) for name in means[0])
+
+
+def test_tensors_are_views_of_the_mapped_files(tmp_path: Path) -> None:
+    """So aggregators may hold one of every client without memory for it."""
+    journal = opened(tmp_path)
+    for stage in (0, 1):
+        put(journal, "ann", stage)
+    whole = journal.update_of("ann", 2)
+    assert whole is not None
+    assert whole.gives_views
+    once, again = whole["a.weight"], whole["a.weight"]
+    assert once.data_ptr() == again.data_ptr()

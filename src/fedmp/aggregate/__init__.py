@@ -9,6 +9,7 @@ a time, so that no process needs a whole model of any client. `fedmp.aggregate.c
 from __future__ import annotations
 
 from fedmp.aggregate.aggregator import Aggregator
+from fedmp.aggregate.blocks import gives_views
 from fedmp.aggregate.bulyan import Bulyan
 from fedmp.aggregate.centered_clipping import CenteredClipping
 from fedmp.aggregate.geometric_median import GeometricMedian
@@ -29,4 +30,5 @@ __all__ = [
     "NormClipping",
     "TrimmedMean",
     "WeightedMean",
+    "gives_views",
 ]

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-__all__ = ["combine_sorted", "non_finite", "read", "weighted_sum", "working_dtype"]
+__all__ = ["combine_sorted", "gives_views", "non_finite", "read", "weighted_sum", "working_dtype"]
 
 Updates = Sequence[Mapping[str, torch.Tensor]]
 
@@ -31,6 +31,11 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype in (torch.float32, torch.float64):
         return dtype
     return torch.promote_types(dtype, torch.float64)
+
+
+def gives_views(update: Mapping[str, torch.Tensor]) -> bool:
+    """Whether reading a tensor gives a view of memory or of a mapped file, so that many may be held at once."""
+    return isinstance(update, dict) or bool(getattr(update, "gives_views", False))
 
 
 def read(updates: Updates, name: str) -> list[torch.Tensor]:
@@ -58,7 +63,7 @@ def weighted_sum(updates: Updates, name: str, coefficients: Sequence[float]) -> 
     """
     first = updates[0][name]
     total = torch.zeros_like(first, dtype=working_dtype(first.dtype))
-    if all(_gives_views(update) for update in updates) and total.is_contiguous():
+    if all(gives_views(update) for update in updates) and total.is_contiguous():
         tensors, flat = read(updates, name), total.view(-1)
         num_bytes = first.element_size() * first.numel() * len(updates)
 
@@ -120,10 +125,6 @@ def non_finite(updates: Updates, name: str) -> str:
     if not bad:
         return f"{name} holds numbers whose squares overflow; leave such clients out"
     return f"{name} holds NaN or infinity in update {', '.join(map(str, bad))}; leave such clients out"
-
-
-def _gives_views(update: Mapping[str, torch.Tensor]) -> bool:
-    return isinstance(update, dict) or bool(getattr(update, "gives_views", False))
 
 
 def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

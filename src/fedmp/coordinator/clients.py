@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from fedmp.aggregate import gives_views
 from fedmp.records import DeviceReport
 
 __all__ = ["ClientUpdate", "Clients", "Opening", "Trained"]
@@ -37,6 +38,11 @@ class ClientUpdate(Mapping[str, torch.Tensor]):
     def num_examples(self) -> int:
         """Samples that the client processed: the least of its devices."""
         return min(report.num_examples for report in self.reports)
+
+    @property
+    def gives_views(self) -> bool:
+        """Whether its tensors are in memory or mapped files, so that aggregators may hold many at once."""
+        return gives_views(self.tensors)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]

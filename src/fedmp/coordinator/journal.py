@@ -207,6 +207,11 @@ class _Files(Mapping[str, torch.Tensor]):
     def __init__(self, bodies: Sequence[safe_open]) -> None:
         self._home = {name: body for body in bodies for name in body.keys()}  # noqa: SIM118
 
+    @property
+    def gives_views(self) -> bool:
+        """The files are mapped."""
+        return True
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._home[name].get_tensor(name)  # type: ignore[no-any-return]
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedmp.aggregate import Aggregator, WeightedMean
+from fedmp.attacks import Attack
 from fedmp.data import IID, ArrayData, DataSource, Split
 from fedmp.errors import ConfigError
 from fedmp.graph import CutRules
@@ -84,6 +85,7 @@ class Job:
         centralized: train centrally as well, to compare; None does not.
         trace: write a picture and a trace file of one measured step of each client; engine "local" only.
         faults: what shall go wrong with which device, to see what becomes of the training.
+        attack: which clients shall attack the training and how, to see what the aggregator makes of it.
 
     Example:
         >>> job = Job(model=model, topology=topology, data=(x, y, x_test, y_test))  # doctest: +SKIP
@@ -116,6 +118,7 @@ class Job:
     centralized: Centralized | None = None
     trace: bool = False
     faults: tuple[Fault, ...] = ()
+    attack: Attack | None = None
     title: str = "fedmp"
 
     def __post_init__(self) -> None:
@@ -126,6 +129,8 @@ class Job:
             raise ConfigError(
                 f"max_gradient_norm is {self.max_gradient_norm}; it must be above 0, or null for no clipping"
             )
+        if self.attack is not None:
+            self.attack.attackers([client.name for client in self.topology.clients], seed=self.seed)
         devices = {f"{client.name}/{d.name}" for client in self.topology.clients for d in client.devices}
         for fault in self.faults:
             if fault.device not in devices:

@@ -15,8 +15,9 @@ from torch import nn
 
 from fedmp.client import LocalWork
 from fedmp.data import Dataset, TrainTest, describe
+from fedmp.engine.attacked import poisoned
 from fedmp.engine.job import Job
-from fedmp.errors import DataError, PlanError
+from fedmp.errors import ConfigError, DataError, PlanError
 from fedmp.graph import LayerGraph, trace
 from fedmp.partition.api import plan_graph
 from fedmp.records import ClientData, Plan
@@ -139,6 +140,7 @@ def prepare(job: Job) -> Prepared:
     empty = [name for name, indices in zip(names, rows, strict=True) if len(indices) == 0]
     if empty:
         raise DataError(f"client {empty[0]} has no training samples; use another split or fewer clients")
+    data = replace(data, train=poisoned(job.attack, data.train, rows, names, seed=job.seed))
     prepared = _plan_clients(job, data)
     clients = {
         name: replace(setup.with_samples(len(indices)), dataset=data.train.select(indices))
@@ -151,8 +153,13 @@ def prepare_without_clients_data(job: Job) -> Prepared:
     """What a coordinator can prepare: its own data tell what a sample looks like, and are for evaluation.
 
     Raises:
+        ConfigError: the job is to be attacked, with real clients.
         DataError, TraceError, PlanError: as named.
     """
+    if job.attack is not None:
+        raise ConfigError(
+            "attacks are simulated, not made on clients elsewhere; use engine=simulate or local"
+        )
     return _plan_clients(job, job.source().load())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedmp.coordinator import CheckpointStore, Clients, GlobalModel, RoundSettings, run_rounds
+from fedmp.engine.attacked import AttackedClients
 from fedmp.engine.prepare import Prepared
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
 from fedmp.records import DeviceReport, Observer, RoundRecord, TimedAction
@@ -84,6 +85,8 @@ def run_session(
         FedmpError: as the clients do.
     """
     job = session.prepared.job
+    if job.attack is not None:
+        clients = AttackedClients(clients, job.attack, settings.clients, job.seed)
     records = run_rounds(
         settings,
         strategy=job.strategy,
