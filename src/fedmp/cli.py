@@ -31,6 +31,7 @@ usage:
   fedmp simulate [OVERRIDES]     train in one process: short for `fedmp run engine=simulate`
   fedmp plan     [OVERRIDES]     show how the model would be cut over each client's devices
                  --json          ... as JSON
+  fedmp compare RUN_DIR...       runs side by side, as a table and a picture; --out DIR
   fedmp presets                  devices and links that a topology may name, with their sources
   fedmp coordinator [OVERRIDES]  serve the job to devices on other machines; again: go on where it ended
   fedmp device --credentials FILE [OVERRIDES]
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": _run,
         "simulate": _simulate,
         "plan": _plan,
+        "compare": _compare,
         "presets": _presets,
         "coordinator": _coordinator,
         "device": _device,
@@ -141,16 +143,40 @@ def _administer(name: str, arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    _compose(arguments, _run_config)
+    finished: list[Path] = []
+    _compose(arguments, lambda config: finished.append(_run_config(config)))
+    if len(finished) > 1:
+        _show_comparison(finished, None)
 
 
 def _simulate(arguments: list[str]) -> None:
-    _compose(["engine=simulate", *arguments], _run_config)
+    _run(["engine=simulate", *arguments])
 
 
 def _plan(arguments: list[str]) -> None:
     as_json = "--json" in arguments
     _compose([argument for argument in arguments if argument != "--json"], lambda c: _show_plan(c, as_json))
+
+
+def _compare(arguments: list[str]) -> None:
+    from fedmp.errors import ConfigError
+    from fedmp.report.compare import find_runs
+
+    out, paths = _take_value("--out", arguments)
+    if not paths:
+        raise ConfigError("`fedmp compare` needs run directories: fedmp compare RUN_DIR...")
+    _show_comparison(find_runs(paths), None if out is None else Path(out))
+
+
+def _show_comparison(paths: Sequence[Path], folder: Path | None) -> None:
+    from rich.console import Console
+
+    from fedmp.report.compare import comparison_table, read_runs, write_comparison
+
+    runs = read_runs(paths)
+    Console().print(comparison_table(runs))
+    for path in write_comparison(runs, folder):
+        print(f"written: {path}")
 
 
 def _presets(arguments: list[str]) -> None:
@@ -210,15 +236,7 @@ def _take_credentials(arguments: Sequence[str]) -> tuple[Path | None, list[str]]
     """
     from fedmp.errors import ConfigError
 
-    kept, value = [], None
-    given = iter(arguments)
-    for argument in given:
-        if argument == "--credentials":
-            value = next(given, "")
-        elif argument.startswith("--credentials="):
-            value = argument.partition("=")[2]
-        else:
-            kept.append(argument)
+    value, kept = _take_value("--credentials", arguments)
     if value is None:
         return None, kept
     if "{rank}" in value:
@@ -229,6 +247,20 @@ def _take_credentials(arguments: Sequence[str]) -> tuple[Path | None, list[str]]
     return Path(value), kept
 
 
+def _take_value(flag: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value that follows a flag, and the arguments without either."""
+    kept, value = [], None
+    given = iter(arguments)
+    for argument in given:
+        if argument == flag:
+            value = next(given, "")
+        elif argument.startswith(f"{flag}="):
+            value = argument.partition("=")[2]
+        else:
+            kept.append(argument)
+    return value, kept
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM arrived."""
 
@@ -237,19 +269,21 @@ def _terminate(*_: object) -> None:
     raise _Terminated
 
 
-def _run_config(config: RunConfig) -> None:
+def _run_config(config: RunConfig) -> Path:
+    """Run a job; returns its run directory."""
     from fedmp.report import LogView, configure_logs, make_view
 
     if config.logs:
         configure_logs(config.logs)
     with contextlib.nullcontext(LogView()) if config.logs else make_view(quiet=config.quiet) as view:
-        config.job().run(
+        result = config.job().run(
             config.make_engine(),
             run_dir=config.resume or config.run_dir,
             resume=config.resume is not None,
             observe=view,
             config=config.model_dump(mode="json"),
         )
+    return result.run_dir
 
 
 def _show_plan(config: RunConfig, as_json: bool) -> None:

@@ -74,6 +74,7 @@ class RunConfig(BaseModel):
     optimizer: dict[str, Any]
     learning_rate: dict[str, Any]
     engine: dict[str, Any]
+    clock: dict[str, Any] = Field(default_factory=lambda: {"_target_": "fedmp.clock.Clock"})
     title: str = "fedmp"
     rounds: PositiveInt
     batch_size: PositiveInt
@@ -130,6 +131,7 @@ class RunConfig(BaseModel):
             centralized=central.build() if central else None,
             trace=self.trace,
             faults=self.faults,
+            clock=_component("clock", self.clock),
             title=self.title,
         )
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from fedmp.aggregate import Aggregator, WeightedMean
 from fedmp.attacks import Attack
+from fedmp.clock import Clock
 from fedmp.data import IID, ArrayData, DataSource, Split
 from fedmp.errors import ConfigError
 from fedmp.graph import CutRules
@@ -86,6 +87,7 @@ class Job:
         trace: write a picture and a trace file of one measured step of each client; engine "local" only.
         faults: what shall go wrong with which device, to see what becomes of the training.
         attack: which clients shall attack the training and how, to see what the aggregator makes of it.
+        clock: in which ways simulated time differs from an ideal world's; engine "simulate" only.
 
     Example:
         >>> job = Job(model=model, topology=topology, data=(x, y, x_test, y_test))  # doctest: +SKIP
@@ -119,6 +121,7 @@ class Job:
     trace: bool = False
     faults: tuple[Fault, ...] = ()
     attack: Attack | None = None
+    clock: Clock = field(default_factory=Clock)
     title: str = "fedmp"
 
     def __post_init__(self) -> None:

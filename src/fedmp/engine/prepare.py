@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedmp.client import LocalWork
+from fedmp.clock import ClientWork, DeviceWork, ideal_round_s
 from fedmp.data import Dataset, TrainTest, describe
 from fedmp.engine.attacked import poisoned
 from fedmp.engine.job import Job
@@ -48,6 +49,7 @@ class ClientSetup:
     Attributes:
         client: from the topology.
         plan, blueprints: how the model is cut over its devices.
+        moved: what each device pulls and pushes in a round.
         work: what it does in a round, by its plan's schedule.
         dataset: its own training samples; None where they are elsewhere.
         round_samples: samples that it processes in one round; 0 while that is not known.
@@ -57,6 +59,7 @@ class ClientSetup:
     client: Client
     plan: Plan
     blueprints: Sequence[StageBlueprint]
+    moved: tuple[DeviceWork, ...]
     work: LocalWork
     dataset: Dataset | None
     round_samples: int
@@ -75,19 +78,20 @@ class ClientSetup:
 
     def pushed(self, blueprint: StageBlueprint, *, with_buffers: bool) -> tuple[str, ...]:
         """The tensors that a stage's update holds."""
-        owned = set(blueprint.owned)
-        names = trained_names(blueprint.state.values(), with_buffers=with_buffers)
-        return tuple(name for name in names if name in owned)
+        return _pushed(blueprint, with_buffers)
 
     def with_samples(self, num_samples: int) -> ClientSetup:
         """The same client, now that it is known how many samples it has."""
         return replace(
             self,
             round_samples=self.work.num_examples(num_samples),
-            predicted_s=_predict_s(
-                self.client, self.plan, self.blueprints, self.work.num_batches(num_samples)
-            ),
+            predicted_s=ideal_round_s(self.round_work(num_samples)),
         )
+
+    def round_work(self, num_samples: int) -> ClientWork:
+        """What a round is to the clock, with so many samples."""
+        num_batches = self.work.num_batches(num_samples)
+        return ClientWork(self.name, self.client.uplink, self.plan, num_batches, self.moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,11 +183,13 @@ def cut_by(prepared: Prepared, setup: ClientSetup, plan: Plan, devices: Sequence
     Raises:
         PlanError: the plan's placement is not its schedule's.
     """
+    blueprints = draw_blueprints(prepared.graph, plan.cuts, device=torch.device("cpu"))
     anew = replace(
         setup,
         client=setup.client.model_copy(update={"devices": tuple(devices)}),
         plan=plan,
-        blueprints=draw_blueprints(prepared.graph, plan.cuts, device=torch.device("cpu")),
+        blueprints=blueprints,
+        moved=_moved(prepared.job, plan, blueprints),
         work=local_work(prepared.job, plan),
         round_samples=0,
         predicted_s=0.0,
@@ -246,15 +252,18 @@ def _plan_clients(job: Job, data: TrainTest) -> Prepared:
     model = build_model(job)
     example = _example(data.train, job.batch_size)
     graph = trace_model(job, model, example)
-    plans: dict[str, tuple[Plan, list[StageBlueprint]]] = {}
+    plans: dict[str, tuple[Plan, list[StageBlueprint], tuple[DeviceWork, ...]]] = {}
     clients = {}
     for client in job.topology.clients:
         key = hashlib.sha256(f"{client.devices}{client.links}".encode()).hexdigest()
         if key not in plans:
             plan = _plan(job, graph, model, client)
-            plans[key] = plan, draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
-        plan, blueprints = plans[key]
-        clients[client.name] = ClientSetup(client, plan, blueprints, local_work(job, plan), None, 0, 0.0)
+            blueprints = draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
+            plans[key] = plan, blueprints, _moved(job, plan, blueprints)
+        plan, blueprints, moved = plans[key]
+        clients[client.name] = ClientSetup(
+            client, plan, blueprints, moved, local_work(job, plan), None, 0, 0.0
+        )
     return Prepared(
         job=job,
         model=model,
@@ -325,12 +334,19 @@ def _schedule(job: Job, plan: Plan) -> Schedule | PlacedSchedule:
     return schedule
 
 
-def _predict_s(client: Client, plan: Plan, blueprints: Sequence[StageBlueprint], num_batches: int) -> float:
-    """Training by the plan, and each device moving its own stages down and up beside the others."""
-    transfers = []
-    for stages in plan.placement:
+def _pushed(blueprint: StageBlueprint, with_buffers: bool) -> tuple[str, ...]:
+    owned = set(blueprint.owned)
+    names = trained_names(blueprint.state.values(), with_buffers=with_buffers)
+    return tuple(name for name in names if name in owned)
+
+
+def _moved(job: Job, plan: Plan, blueprints: Sequence[StageBlueprint]) -> tuple[DeviceWork, ...]:
+    """Bytes of tensors that each device pulls and pushes in a round."""
+    with_buffers = not job.strategy.keep_statistics_local
+    moved = []
+    for device, stages in zip(plan.devices, plan.placement, strict=True):
         own = [blueprints[stage] for stage in stages]
         down = sum(spec.num_bytes for blueprint in own for spec in blueprint.state.values())
-        up = sum(blueprint.state[name].num_bytes for blueprint in own for name in blueprint.owned)
-        transfers.append(client.uplink.transfer_s(down) + client.uplink.transfer_s(up))
-    return num_batches * plan.step_s + max(transfers)
+        up = sum(blueprint.state[n].num_bytes for blueprint in own for n in _pushed(blueprint, with_buffers))
+        moved.append(DeviceWork(device, down, up))
+    return tuple(moved)

@@ -20,7 +20,17 @@ from fedmp.engine.prepare import Prepared
 from fedmp.engine.session import Outcome, Session
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError, ResumeError
-from fedmp.records import Event, Note, Observer, RoundFinished, RoundRecord, RunFinished, RunStarted, Summary
+from fedmp.records import (
+    Event,
+    Note,
+    Observer,
+    RoundFinished,
+    RoundRecord,
+    RoundTimed,
+    RunFinished,
+    RunStarted,
+    Summary,
+)
 from fedmp.report import RunDirectory, make_view
 from fedmp.stages import model_state
 
@@ -89,6 +99,8 @@ def _run(
     def tell(event: Event) -> None:
         if isinstance(event, RoundFinished):
             directory.append_metrics(event.record)
+        elif isinstance(event, RoundTimed):
+            directory.append_events(event)
         observe(event)
 
     observe(
@@ -110,6 +122,7 @@ def _run(
             journal_folder=directory.path / "journal",
             first_round=first_round,
             started_s=started_s,
+            simulated_s=sum(record.simulated_s for record in before),
             observe=tell,
             config=config,
         )
@@ -137,6 +150,7 @@ def _begin(
     """Write down what there is before the first round."""
     for leftover in ("journal", "checkpoints"):  # of a run that failed in its first round
         shutil.rmtree(directory.path / leftover, ignore_errors=True)
+    directory.truncate_events(0)
     directory.write_config(config)
     directory.write_plans(prepared.plans)
     checkpoints.save(Checkpoint(0, prepared.graph.fingerprint, model.state, {}, {}))
@@ -220,6 +234,7 @@ def _resume(
         model.state[name].copy_(tensor)
     model.load_optimizer_state(checkpoint.optimizer_tensors, checkpoint.optimizer_values)
     directory.truncate_metrics(checkpoint.round)
+    directory.truncate_events(checkpoint.round)
     rows = directory.read_metrics()
     if checkpoint.record is not None and (not rows or rows[-1].round < checkpoint.round):
         directory.append_metrics(checkpoint.record)  # the run ended between the commit and its row

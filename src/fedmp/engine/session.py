@@ -33,6 +33,7 @@ class Session:
         journal_folder: for the coordinator's journal.
         first_round: the round to begin with.
         started_s: `time.monotonic()` when the run began.
+        simulated_s: seconds on the clock of the simulation, of the rounds before the first.
         observe: told of everything.
         config: as the command line composed it; empty where there was none.
     """
@@ -43,6 +44,7 @@ class Session:
     journal_folder: Path
     first_round: int
     started_s: float = field(default_factory=time.monotonic)
+    simulated_s: float = 0.0
     observe: Observer = lambda event: None
     config: Mapping[str, Any] = field(default_factory=dict)
 

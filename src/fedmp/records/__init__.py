@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedmp.records.clock import ClockEvent, RoundTimed, rounds_of
 from fedmp.records.faults import Fault
 from fedmp.records.history import (
     ClientData,
@@ -34,6 +35,7 @@ from fedmp.records.profile import LayerProfile, Profile
 __all__ = [
     "Address",
     "ClientData",
+    "ClockEvent",
     "DeviceReport",
     "Event",
     "FailureReport",
@@ -53,9 +55,11 @@ __all__ = [
     "RoundFinished",
     "RoundRecord",
     "RoundStarted",
+    "RoundTimed",
     "RunFinished",
     "RunStarted",
     "StagePlan",
     "Summary",
     "TimedAction",
+    "rounds_of",
 ]

@@ -8,6 +8,7 @@ from typing import Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
+from fedmp.records.clock import RoundTimed
 from fedmp.records.plan import Plan
 
 __all__ = [
@@ -186,7 +187,7 @@ class RunFinished:
     timeline: tuple[TimedAction, ...] = field(default=())
 
 
-Event: TypeAlias = RunStarted | RoundStarted | Progress | RoundFinished | Note | RunFinished
+Event: TypeAlias = RunStarted | RoundStarted | Progress | RoundTimed | RoundFinished | Note | RunFinished
 
 
 class Observer(Protocol):

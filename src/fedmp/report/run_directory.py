@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmp.errors import ConfigError
-from fedmp.records import ClientData, Plan, RoundRecord, Summary, TimedAction
+from fedmp.records import ClientData, Plan, RoundRecord, RoundTimed, Summary, TimedAction, rounds_of
 from fedmp.report.files import write_atomically
-from fedmp.report.pictures import draw_accuracy, draw_data, draw_plan, draw_timeline
+from fedmp.report.pictures import draw_accuracy, draw_clock, draw_data, draw_plan, draw_timeline
 from fedmp.report.trace import format_shares, predicted_busy, time_shares, write_chrome_trace
 
 __all__ = ["RunDirectory"]
@@ -168,6 +168,42 @@ class RunDirectory:
         rows = [json.dumps(_plain(record), ensure_ascii=False) for record in kept]
         self._write("metrics.jsonl", "\n".join(rows))
 
+    @property
+    def events_path(self) -> Path:
+        """Where the events of simulated time are, if there are any."""
+        return self.path / "events.jsonl"
+
+    def append_events(self, timed: RoundTimed) -> None:
+        """Append a simulated round's events to `events.jsonl`.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        with _explained(self.path), self.events_path.open("a", encoding="utf-8") as file:
+            file.write(timed.lines())
+
+    def read_events(self) -> tuple[RoundTimed, ...]:
+        """The events of each round, in the order in which they were appended; a torn last line is left out.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        if not self.events_path.exists():
+            return ()
+        with _explained(self.path, "read"):
+            lines = self.events_path.read_text(encoding="utf-8").splitlines()
+        return rounds_of(lines)
+
+    def truncate_events(self, after_round: int) -> None:
+        """Drop the events of later rounds, so that a resumed run appends them anew.
+
+        Raises:
+            ConfigError: the file cannot be read or written.
+        """
+        if self.events_path.exists():
+            kept = [timed.lines() for timed in self.read_events() if timed.round <= after_round]
+            self._write("events.jsonl", "".join(kept).rstrip())
+
     def write_pictures(
         self,
         *,
@@ -179,7 +215,7 @@ class RunDirectory:
         centralized_accuracy: float | None = None,
         suffixes: Sequence[str] = (".svg",),
     ) -> tuple[Path, ...]:
-        """Draw whatever there is to draw into `pictures/`.
+        """Draw whatever there is to draw into `pictures/`; `clock`, if there are events of simulated time.
 
         Args:
             plans: by client name; draws `plan`.
@@ -206,6 +242,9 @@ class RunDirectory:
             drawings["plan"] = lambda path: draw_plan(plans, path)
         if any(action.stop_s > 0 for action in timeline):
             drawings["timeline"] = lambda path: draw_timeline(timeline, path)
+        timed = self.read_events()
+        if timed:
+            drawings["clock"] = lambda path: draw_clock(timed, path)
         written = []
         with _explained(self.pictures_path):
             self.pictures_path.mkdir(exist_ok=True)
