@@ -5,6 +5,8 @@ Part of the board, whose lock guards it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fedmp.coordinator.members import Member
 
 __all__ = ["Attempts"]
@@ -34,11 +36,11 @@ class Attempts:
         self._told: dict[Member, int] = {}
         self._processes: dict[Member, str] = {}
 
-    def open_round(self) -> None:
-        """Everybody has all attempts again."""
+    def open_round(self, late: Collection[str]) -> None:
+        """Everybody has all attempts again, but for those who go on with an earlier round."""
         self.given_up = {}
-        self._attempts = {}
-        self._begun = set()
+        self._attempts = {client: number for client, number in self._attempts.items() if client in late}
+        self._begun &= set(late)
 
     def generation(self, client: str) -> int:
         """The newest generation of a client's pipeline."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from fedmp.coordinator.attempts import Attempts
 from fedmp.coordinator.members import BoardStatus, Member
+from fedmp.coordinator.roll import Roll
 from fedmp.errors import (
     DataError,
     DeadlineError,
@@ -61,8 +62,7 @@ class Board:
         self._told: set[Member] = set()
         self._changed = threading.Condition()
         self._instruction = Instruction(kind="wait", reason="the first round has not begun")
-        self._cohort: tuple[str, ...] = ()
-        self._reported: dict[tuple[str, int], str] = {}
+        self._roll = Roll()
         self._addresses: dict[str, Address] = {}
         self._failure: FailureReport | None = None
         self._failed_s = 0.0
@@ -76,7 +76,13 @@ class Board:
     # called by the round loop
 
     def open_round(
-        self, round: int, cohort: Sequence[str], reported: Mapping[tuple[str, int], str] | None = None
+        self,
+        round: int,
+        cohort: Sequence[str],
+        reported: Mapping[tuple[str, int], str] | None = None,
+        *,
+        late: Mapping[str, int] | None = None,
+        spare: Sequence[str] = (),
     ) -> None:
         """Let the cohort begin.
 
@@ -84,20 +90,32 @@ class Board:
             round: its number.
             cohort: its clients.
             reported: updates that are in the journal already: their generation by client and rank.
+            late: clients that go on with an earlier round: which.
+            spare: clients that begin one by one, in this order, as others are done.
         """
         with self._changed:
-            self._cohort = tuple(cohort)
-            self._reported = dict(reported or {})
-            self._progress = {}
-            self._attempts.open_round()
+            self._roll.open(round, cohort, reported or {}, late=late or {}, spare=spare)
+            self._progress = {name: report for name, report in self._progress.items() if name in (late or {})}
+            self._attempts.open_round(late or {})
+            self._note_arrivals()
             self._instruction = Instruction(kind="train", round=round)
             self._notify()
 
-    def close_round(self) -> None:
-        """Let devices wait while the coordinator aggregates."""
+    def close_round(self, counted: Collection[str] = (), *, oldest: int | None = None) -> dict[str, int]:
+        """Let devices wait while the coordinator aggregates.
+
+        Args:
+            counted: clients whose updates the round takes.
+            oldest: the round from which a client may have begun to go on all the same; None stops all.
+
+        Returns:
+            Those who go on: with which round.
+        """
         with self._changed:
             self._instruction = Instruction(kind="wait", round=self._instruction.round, reason="aggregating")
+            late = self._roll.close(counted, self._attempts.given_up, oldest)
             self._notify()
+            return late
 
     def stop(self, reason: str, *, is_last: bool = True) -> None:
         """Send every device home, or on to the next job."""
@@ -115,11 +133,12 @@ class Board:
         with self._changed:
             return self._changed.wait_for(lambda: needed <= self._told, timeout_s)
 
-    def wait_for_cohort(self, *, timeout_s: float) -> bool:
+    def wait_for_cohort(self, *, timeout_s: float, wanted: int | None = None) -> bool:
         """Wait until every device of the cohort has reported that is still expected to, or something fails.
 
         Args:
             timeout_s: return False after so long, or when there are incidents to tell.
+            wanted: whole clients that are enough; None for all.
 
         Raises:
             FedmpError: a device reported a failure; of the kind that it reported.
@@ -129,7 +148,7 @@ class Board:
             while True:
                 if self._failure is not None and self._is_explained(self._failure):
                     raise _KINDS.get(self._failure.kind, RoundError)(self._failure.message)
-                if not self._missing():
+                if not self._missing() or (wanted is not None and len(self._finished()) >= wanted):
                     return True
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0 or self._attempts.incidents:
@@ -137,10 +156,14 @@ class Board:
                 self._changed.wait(left_s)
 
     def finished(self) -> tuple[str, ...]:
-        """Clients of the cohort of which every device has reported."""
+        """Clients of which every device has reported, in the order in which they were complete."""
         with self._changed:
-            absent = {client for client, _ in self._missing()}
-            return tuple(c for c in self._cohort if c not in absent and c not in self._attempts.given_up)
+            return self._finished()
+
+    def training(self) -> dict[str, int]:
+        """The clients that take part in the open round, by the round from whose model they began."""
+        with self._changed:
+            return dict(self._roll.started)
 
     def given_up(self) -> dict[str, str]:
         """Clients of the cohort that will not finish the open round, and why."""
@@ -188,12 +211,11 @@ class Board:
         """How things stand."""
         with self._changed:
             now_s = time.monotonic()
-            absent = {client for client, _ in self._missing()}
             return BoardStatus(
                 kind=self._instruction.kind,
                 round=self._instruction.round,
-                cohort=self._cohort,
-                num_reported=len(set(self._cohort) - absent),
+                cohort=tuple(self._roll.started),
+                num_reported=len(self._finished()),
                 silent_s={device: now_s - at_s for device, at_s in self._last_heard_s.items()},
                 bytes_up=self.bytes_up,
                 bytes_down=self.bytes_down,
@@ -222,6 +244,7 @@ class Board:
         """The client will not finish the open round."""
         with self._changed:
             self._attempts.given_up.setdefault(client, reason)
+            self._note_arrivals()
             self._notify()
 
     def replace_client(self, client: str, members: Mapping[str, Member]) -> set[int] | None:
@@ -232,7 +255,7 @@ class Board:
             client's updates are in.
         """
         with self._changed:
-            if self._instruction.kind == "train" and client in self._cohort and not self.is_training(client):
+            if client in self._roll.started and not self.is_training(client):
                 return None
             self._ready = {member: held for member, held in self._ready.items() if member.client != client}
             old = {member.rank for member in self.members.values() if member.client == client}
@@ -317,26 +340,32 @@ class Board:
                 return Instruction(kind="wait", round=round, reason="this device cannot take its place")
             if not member.stages:
                 return Instruction(kind="wait", round=round, reason="the plan leaves this device out")
-            if kind == "train" and member.client not in self._cohort:
+            begun = self._roll.started.get(member.client)
+            if kind == "train" and begun is None:
                 return Instruction(kind="wait", round=round, reason="not in this round's cohort")
-            if kind == "train" and (member.client, member.rank) in self._reported:
+            if kind == "train" and (member.client, member.rank) in self._roll.reported:
                 return Instruction(kind="wait", round=round, reason="this round's update is in")
             if kind == "train" and member.client in self._attempts.given_up:
                 return Instruction(kind="wait", round=round, reason=self._attempts.given_up[member.client])
-            if kind != "train":
+            if kind != "train" or begun is None:
                 return self._instruction
             generation, attempt = self._attempts.tell(member)
-            return Instruction(kind="train", round=round, generation=generation, attempt=attempt)
+            return Instruction(kind="train", round=begun, generation=generation, attempt=attempt)
 
-    def window(self, round: int) -> Literal["open", "over", "not yet", "never"]:
-        """Whether a round takes requests: it is open, or over, or may open soon, or is nobody's business now."""
+    def window(self, round: int, client: str) -> Literal["open", "over", "not yet", "never", "not in cohort"]:
+        """Whether a round takes a client's requests.
+
+        It is open for the client, or for others only, or over, or may open soon, or is nobody's business now.
+        """
         with self._changed:
             kind, current = self._instruction.kind, self._instruction.round
-            if kind in ("stop", "next") or round < current or round < 1:
+            if kind in ("stop", "next") or round < 1:
                 return "over"
-            if kind == "train":
-                return "open" if round == current else "never"
-            return "over" if round == current else "not yet"
+            if self._roll.started.get(client) == round:
+                return "open"
+            if kind == "train" and round >= current:
+                return "not in cohort" if round == current else "never"
+            return "over" if round <= current else "not yet"
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener`, which must not block, whenever something changes."""
@@ -359,7 +388,7 @@ class Board:
             Whether it counts; the round may have closed in the meantime, or the pipeline come up anew.
         """
         with self._changed:
-            if self._instruction.kind != "train" or self._instruction.round != round:
+            if self._instruction.kind in ("stop", "next") or self._roll.started.get(member.client) != round:
                 return False
             if member not in self.members.values():  # its client's model was cut anew in the meantime
                 return False
@@ -368,8 +397,9 @@ class Board:
                 return False
             if address is None and generation and self._attempts.is_coming_up(member.client):
                 return False
-            self._reported[member.client, member.rank] = generation
+            self._roll.reported[member.client, member.rank] = generation
             self.bytes_up += num_bytes
+            self._note_arrivals()
             self._notify()
             return True
 
@@ -381,7 +411,7 @@ class Board:
     def progressed(self, member: Member, report: ProgressReport) -> None:
         """A client got on."""
         with self._changed:
-            if report.round == self._instruction.round:
+            if report.round == self._roll.started.get(member.client):
                 self._progress[member.client] = report
 
     def failed(self, member: Member, report: FailureReport) -> None:
@@ -416,12 +446,12 @@ class Board:
             if member.client in {client for client, _ in self._missing()}:
                 old = [
                     rank
-                    for (client, rank), generation in self._reported.items()
+                    for (client, rank), generation in self._roll.reported.items()
                     if client == member.client and generation != address.generation
                 ]
                 void += old
                 for rank in old:
-                    del self._reported[member.client, rank]
+                    del self._roll.reported[member.client, rank]
             self._notify()
             return void
 
@@ -439,10 +469,11 @@ class Board:
         self._attempts.begin_generation(client, after)
         self._addresses.pop(client, None)
         if any(name == client for name, _ in self._missing()):
-            for name, rank in [key for key in self._reported if key[0] == client]:
-                del self._reported[name, rank]
+            for name, rank in [key for key in self._roll.reported if key[0] == client]:
+                del self._roll.reported[name, rank]
                 self._void.add((name, rank))
-            self._attempts.begin_attempt(client, self._instruction.round, incident)
+            self._attempts.begin_attempt(client, self._roll.started[client], incident)
+            self._note_arrivals()
         self._notify()
 
     def _notify(self) -> None:
@@ -453,11 +484,15 @@ class Board:
     def _missing(self) -> set[tuple[str, int]]:
         return {
             (member.client, member.rank)
-            for member in self.members.values()
-            if member.client in self._cohort
-            and member.client not in self._attempts.given_up
-            and member.stages
-        } - self._reported.keys()
+            for member in self._roll.missing(self.members.values())
+            if member.client not in self._attempts.given_up
+        }
+
+    def _finished(self) -> tuple[str, ...]:
+        return tuple(client for client in self._roll.arrived if client not in self._attempts.given_up)
+
+    def _note_arrivals(self) -> None:
+        self._roll.note_arrivals(self.members.values(), self._attempts.given_up)
 
 
 def _is_consequence(report: FailureReport) -> bool:

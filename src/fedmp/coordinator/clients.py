@@ -7,13 +7,14 @@ the loop neither knows nor cares: an `Opening` goes in, `Trained` comes out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from fedmp.aggregate import gives_views
 from fedmp.records import DeviceReport
+from fedmp.strategy import Closing
 
 __all__ = ["ClientUpdate", "Clients", "Opening", "Trained"]
 
@@ -44,6 +45,10 @@ class ClientUpdate(Mapping[str, torch.Tensor]):
         """Whether its tensors are in memory or mapped files, so that aggregators may hold many at once."""
         return gives_views(self.tensors)
 
+    def discounted(self, factor: float) -> ClientUpdate:
+        """The same update, its floating-point tensors multiplied by a factor when they are asked for."""
+        return self if factor == 1 else replace(self, tensors=_Discounted(self.tensors, factor))
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
@@ -60,13 +65,22 @@ class Opening:
 
     Attributes:
         round: its number.
-        cohort: its clients, in client order.
-        minimum: clients that must finish it.
+        cohort: clients that begin with its model, in client order.
+        closing: when it closes.
+        late: clients that go on with an earlier round: which.
+        spare: clients that begin one by one, in this order, as others are done.
     """
 
     round: int
     cohort: tuple[str, ...]
-    minimum: int
+    closing: Closing
+    late: Mapping[str, int] = field(default_factory=dict)
+    spare: tuple[str, ...] = ()
+
+    @property
+    def num_clients(self) -> int:
+        """All who may take part."""
+        return len(self.cohort) + len(self.late) + len(self.spare)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +88,9 @@ class Trained:
     """What a round's clients did.
 
     Attributes:
-        updates: of the clients that finished, in client order.
-        sat_out: clients of the cohort that did not finish, and why.
+        updates: those that the round takes, in client order; at most one of a client.
+        late: clients whose updates may count in a later round: the round from which they started.
+        sat_out: clients that took part, but whose updates count in no round, and why.
         bytes_up, bytes_down: bodies sent by and to the devices on the federation plane.
         faults: devices that were lost.
         recoveries: times that a client began the round anew.
@@ -83,12 +98,29 @@ class Trained:
     """
 
     updates: Sequence[ClientUpdate]
+    late: Mapping[str, int] = field(default_factory=dict)
     sat_out: Mapping[str, str] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
     faults: int = 0
     recoveries: int = 0
     simulated_s: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Discounted(Mapping[str, torch.Tensor]):
+    tensors: Mapping[str, torch.Tensor]
+    factor: float
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name]
+        return tensor * self.factor if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 class Clients(Protocol):

@@ -2,17 +2,25 @@
 
 Uploads arrive in any order, one device at a time. A client counts once all of its devices' are there.
 The files are mapped, not read, so aggregation needs memory for about one tensor.
+
+A round's folder holds the updates that started from its model, whenever they arrive, and the stages that they
+start from; it stays while a client that is late needs it. Which updates a round takes is written down before
+they are combined, so that a coordinator that is killed then takes the same ones again.
 """
 
 from __future__ import annotations
 
 import filecmp
+import json
 import math
 import os
 import shutil
+import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -28,6 +36,7 @@ __all__ = ["Journal"]
 
 _MAX_EXAMPLES = 2**53
 _PIECE = 1 << 16
+_MODEL, _DECISION = "model.safetensors", "closed.json"
 
 
 class Journal:
@@ -42,28 +51,65 @@ class Journal:
         self._folder = folder
         self._specs = specs
         self._round = 0
+        self._late: dict[str, int] = {}
+        self._is_sealed = False
+        self._writing = threading.Lock()
 
     @property
     def round(self) -> int:
         """The open round; 0 before the first and between two."""
         return self._round
 
-    def open(self, round: int) -> None:
-        """Begin a round, or go on with it: updates that are there stay, those of other rounds go."""
-        self._round = round
-        current = self._round_folder()
-        current.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.glob("round-*"):
-            if path != current:
-                shutil.rmtree(path, ignore_errors=True)
-        for part in current.glob(".*.part"):
+    def open(self, round: int, late: Mapping[str, int] | None = None) -> None:
+        """Begin a round, or go on with it: updates that are there stay, those of other rounds go.
+
+        Args:
+            round: its number.
+            late: clients that go on with an earlier round, which stays too.
+        """
+        with self._writing:
+            self._late = dict(late or {})  # first: the service looks up where a late client's files are
+            self._round, self._is_sealed = round, False
+            self._folder_of(round).mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        for part in self._folder_of(round).glob(".*.part"):
             part.unlink()
 
-    def close(self) -> None:
-        """Delete the open round's files, once its result is committed."""
-        folder = self._round_folder()
+    def seal(self, state: Mapping[str, torch.Tensor] | None) -> None:
+        """The global model is about to move: from now on the open round's stages come from what is kept here.
+
+        Args:
+            state: what the round started from, if someone goes on with it; None keeps nothing.
+        """
+        with self._writing:
+            path = self._folder_of(self._round) / _MODEL
+            if state is not None and not path.exists():
+                _write_atomically(path, lambda part: save_file(dict(state), part))
+            self._is_sealed = True
+
+    def close(self, late: Mapping[str, int] | None = None) -> None:
+        """Delete the open round's files, once its result is committed.
+
+        Args:
+            late: clients that go on with it, or with an earlier one, whose files stay.
+        """
+        self._late = dict(late or {})
         self._round = 0
-        shutil.rmtree(folder, ignore_errors=True)
+        self._sweep()
+
+    def decide(self, decision: Mapping[str, Any]) -> None:
+        """Write down how the open round was closed, so that it is closed in the same way again."""
+        path = self._folder_of(self._round) / _DECISION
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps(decision))
+        _flush(part)
+        os.replace(part, path)
+        _flush(path.parent)
+
+    def decision(self) -> dict[str, Any] | None:
+        """How an earlier process of the coordinator closed the open round; None if it did not get so far."""
+        path = self._folder_of(self._round) / _DECISION
+        return json.loads(path.read_text()) if path.exists() else None
 
     def found(self, pushed: Mapping[str, Sequence[Sequence[str]]]) -> dict[tuple[str, int], str]:
         """Updates of the open round that an earlier process of the coordinator left.
@@ -74,41 +120,59 @@ class Journal:
             pushed: the tensors that each device of each client must have pushed, in order of rank.
 
         Returns:
-            The generation that made each, by client and rank.
+            The generation that made each, by client and rank; clients in the order of their last updates.
         """
-        generations = {}
+        generations, arrived_ns = dict[tuple[str, int], str](), Counter[str]()
         for client, names in pushed.items():
             try:
-                for path in self._round_folder().glob(f"{client}.*.safetensors"):
+                for path in self._paths(client):
                     rank = int(path.name.split(".")[-2])
                     wanted = names[rank] if rank < len(names) else ()
                     generations[client, rank] = self._read(path, wanted).generation
+                    arrived_ns[client] = max(arrived_ns[client], path.stat().st_mtime_ns)
             except (RefusedError, OSError):  # of another plan, perhaps
-                for path in self._round_folder().glob(f"{client}.*.safetensors"):
+                for path in self._paths(client):
                     path.unlink()
                 generations = {key: value for key, value in generations.items() if key[0] != client}
-        return generations
+        return dict(sorted(generations.items(), key=lambda item: arrived_ns[item[0][0]]))
 
     def discard(self, client: str, rank: int) -> None:
         """Delete an update: it was made by a pipeline that is no more."""
         self._path(client, rank).unlink(missing_ok=True)
 
-    def global_stage(self, names: Sequence[str], state: Mapping[str, torch.Tensor], key: str) -> Path:
+    def global_stage(
+        self, names: Sequence[str], state: Mapping[str, torch.Tensor], key: str, *, client: str = ""
+    ) -> Path:
         """The file of a global stage, written when first asked for.
 
         Args:
             names: its tensors.
-            state: the global model.
+            state: the present global model.
             key: names the stage; equal stages of several clients share a file.
+            client: who asks; one that is late gets the stage that it started from.
+
+        Raises:
+            RefusedError: the round is closed, and nobody goes on with it.
         """
-        path = self._round_folder() / f"global-{key}.safetensors"
-        if not path.exists():
-            _write_atomically(path, lambda part: save_file({name: state[name] for name in names}, part))
-        return path
+        round = self._late.get(client, self._round)
+        path = self._folder_of(round) / f"global-{key}.safetensors"
+        with self._writing:
+            if path.exists():
+                return path
+            if round == self._round and not self._is_sealed:
+                _write_atomically(path, lambda part: save_file({name: state[name] for name in names}, part))
+                return path
+            model = self._folder_of(round) / _MODEL
+            if not model.exists():
+                raise RefusedError(f"round {round} is over", status=409, reason="wrong-round")
+            with safe_open(model, framework="pt") as kept:
+                tensors = {name: kept.get_tensor(name) for name in names}
+            _write_atomically(path, lambda part: save_file(tensors, part))
+            return path
 
     def temporary(self, client: str, rank: int) -> Path:
         """Where to stream an upload before it is checked; another place each time."""
-        return self._round_folder() / f".{client}.{rank}.{uuid.uuid4().hex}.part"
+        return self._path(client, rank).parent / f".{client}.{rank}.{uuid.uuid4().hex}.part"
 
     def accept(
         self, part: Path, client: str, rank: int, names: Sequence[str], *, generation: str = ""
@@ -135,7 +199,7 @@ class Journal:
             )
         _flush(part)  # an acknowledged update must survive a loss of power, too
         os.replace(part, self._path(client, rank))
-        _flush(self._round_folder())
+        _flush(self._path(client, rank).parent)
         return report
 
     def has(self, client: str, rank: int) -> bool:
@@ -153,7 +217,7 @@ class Journal:
             return None
         bodies = [safe_open(path, framework="pt") for path in paths]
         reports = tuple(DeviceReport.model_validate_json(body.metadata()["report"]) for body in bodies)
-        return ClientUpdate(client, self._round, _Files(bodies), reports)
+        return ClientUpdate(client, self._late.get(client, self._round), _Files(bodies), reports)
 
     def _read(self, path: Path, names: Sequence[str]) -> DeviceReport:
         """Check a file from the first byte to the last; returns its report."""
@@ -194,11 +258,26 @@ class Journal:
             if tensor.dtype.is_floating_point and not _is_finite(tensor):
                 raise RefusedError(f"{name} holds NaN or infinity", status=422, reason="not-finite")
 
-    def _round_folder(self) -> Path:
-        return self._folder / f"round-{self._round:05d}"
+    def _sweep(self) -> None:
+        """Delete what nobody needs any more."""
+        kept = {self._folder_of(round) for round in (self._round, *self._late.values())}
+        for folder in self._folder.glob("round-*"):
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder != self._folder_of(self._round):
+                for path in folder.glob("*.*.safetensors"):  # updates; an upload may come in beside this
+                    if self._path(path.name.split(".")[0], 0).parent != folder:
+                        path.unlink()
+
+    def _folder_of(self, round: int) -> Path:
+        return self._folder / f"round-{round:05d}"
 
     def _path(self, client: str, rank: int) -> Path:
-        return self._round_folder() / f"{client}.{rank}.safetensors"
+        return self._folder_of(self._late.get(client, self._round)) / f"{client}.{rank}.safetensors"
+
+    def _paths(self, client: str) -> list[Path]:
+        """The updates of a client that are there."""
+        return list(self._path(client, 0).parent.glob(f"{client}.*.safetensors"))
 
 
 class _Files(Mapping[str, torch.Tensor]):

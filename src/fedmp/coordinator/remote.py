@@ -1,13 +1,22 @@
-"""Clients that are devices elsewhere: the round is put on the board, and their updates come in through the journal."""
+"""Clients that are devices elsewhere: the round is put on the board, and their updates come in through the journal.
+
+A round is a transaction. It closes once, by what is written down then: which updates it takes, and who goes on
+with its model. A coordinator that is killed before that waits on with the updates that are in the journal; one
+that is killed after that closes the round in the same way again, and ends with the same model.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+
+from pydantic import BaseModel, ConfigDict
 
 from fedmp.coordinator.board import Board
 from fedmp.coordinator.clients import ClientUpdate, Opening, Trained
+from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.journal import Journal
+from fedmp.coordinator.waiting import Waiting
 from fedmp.errors import RoundError
 from fedmp.records import Note, Observer, Progress
 
@@ -20,30 +29,37 @@ class RemoteClients:
     """Waits for devices to hand in what the board tells them to train.
 
     Args:
-        board, journal: shared with the service.
-        predicted_s: seconds that each client's round takes by its plan and links; read anew each round.
+        board, journal, model: shared with the service.
+        predicted_s: seconds that each client's round takes by its plan and links, in client order; read anew
+            each round.
         round_timeout_s: a round that takes longer fails.
         watch: called several times a second; raises if the job cannot go on.
         observe: told of progress and of what happens meanwhile.
+        explain_after_s: when to say first what the round waits for.
     """
 
     def __init__(
         self,
         board: Board,
         journal: Journal,
+        model: GlobalModel,
         *,
         predicted_s: Mapping[str, float],
         round_timeout_s: float,
         watch: Callable[[], None],
         observe: Observer,
+        explain_after_s: float = 10.0,
     ) -> None:
         self._board = board
         self._journal = journal
+        self._model = model
         self._predicted_s = predicted_s
         self._round_timeout_s = round_timeout_s
         self._watch = watch
         self._observe = observe
+        self._explain_after_s = explain_after_s
         self._told: dict[str, int] = {}
+        self._late: Mapping[str, int] = {}
 
     def train(self, opening: Opening) -> Trained:
         """Open the round, wait until it may close, close it; its updates stay in the journal.
@@ -52,53 +68,86 @@ class RemoteClients:
             RoundError: fewer than the minimum will finish it, or did in time.
             FedmpError: a device failed.
         """
-        board, cohort = self._board, opening.cohort
+        board, journal = self._board, self._journal
         before = (board.bytes_up, board.bytes_down, board.faults, board.recoveries)
-        self._journal.open(opening.round)
-        found = self._journal.found({client: board.pushed_by(client) for client in cohort})
-        board.open_round(opening.round, cohort, found)
-        finished = self._wait(opening)
-        board.close_round()
-        given_up = board.given_up()
+        journal.open(opening.round, opening.late)
+        decided = journal.decision()
+        closed = self._close(opening) if decided is None else self._close_again(opening, decided)
+        self._late = closed.late
+        someone_goes_on = opening.round in closed.late.values()
+        journal.seal(self._model.state if someone_goes_on else None)
         return Trained(
-            updates=[self._update(client) for client in finished],
-            sat_out={client: given_up.get(client, "late") for client in cohort if client not in finished},
+            updates=[self._update(client) for client in closed.counted],
+            late=closed.late,
+            sat_out=closed.sat_out,
             bytes_up=board.bytes_up - before[0],
             bytes_down=board.bytes_down - before[1],
             faults=board.faults - before[2],
             recoveries=board.recoveries - before[3],
-            simulated_s=max(self._predicted_s[client] for client in cohort),
+            simulated_s=max(self._predicted_s[client] for client in closed.counted),
         )
 
     def committed(self, round: int) -> None:
-        """Delete the round's updates."""
-        self._journal.close()
+        """Delete the updates that the round took, and what nobody goes on with."""
+        self._journal.close(self._late)
+
+    def _close(self, opening: Opening) -> _Closed:
+        """Wait until the round may close, and write down how it does."""
+        board, everyone = self._board, (*opening.cohort, *opening.late, *opening.spare)
+        found = self._journal.found({client: board.pushed_by(client) for client in everyone})
+        board.open_round(opening.round, opening.cohort, found, late=opening.late, spare=opening.spare)
+        counted = self._wait(opening)
+        took_part, given_up = board.training(), board.given_up()
+        late = board.close_round(counted, oldest=opening.closing.oldest(opening.round))
+        closed = _Closed(
+            counted=self._in_client_order(counted),
+            late={client: late[client] for client in self._in_client_order(late)},
+            sat_out={
+                client: given_up.get(client, "late")
+                for client in self._in_client_order(took_part)
+                if client not in counted and client not in late
+            },
+        )
+        self._journal.decide(closed.model_dump())
+        return closed
+
+    def _close_again(self, opening: Opening, decided: Mapping[str, object]) -> _Closed:
+        """Close the round as an earlier process of the coordinator did, which was killed before the commit."""
+        closed = _Closed.model_validate(decided)
+        found = self._journal.found({client: self._board.pushed_by(client) for client in closed.late})
+        self._board.open_round(opening.round, (), found, late=closed.late)
+        self._board.close_round(oldest=0)
+        return closed
 
     def _wait(self, opening: Opening) -> tuple[str, ...]:
-        """Wait for the cohort; returns the clients that finished the round."""
-        board, minimum, num_clients = self._board, opening.minimum, len(opening.cohort)
-        deadline_s = time.monotonic() + self._round_timeout_s
+        """Wait until the round may close; returns the clients whose updates it takes."""
+        board, closing = self._board, opening.closing
+        num_clients = len(opening.cohort) + len(opening.late) + len(opening.spare)
+        waiting = Waiting(
+            board, opening, timeout_s=self._round_timeout_s, explain_after_s=self._explain_after_s
+        )
+        started_s = time.monotonic()
         self._told = {}
         while True:
-            is_complete = board.wait_for_cohort(timeout_s=_WATCH_S)
-            if not is_complete:
+            if not board.wait_for_cohort(timeout_s=_WATCH_S, wanted=closing.wanted):
                 self._watch()
-            self._tell()
-            given_up, finished = board.given_up(), board.finished()
-            if num_clients - len(given_up) < minimum:
-                why = "; ".join(f"{client}: {reason}" for client, reason in given_up.items())
-                raise RoundError(
-                    f"{num_clients - len(given_up)} of {num_clients} clients are left in the round, "
-                    f"{_needed(minimum, opening.cohort)}; {why}. What was committed is safe: mend it and resume "
-                    f"the run"
-                )
-            is_late = time.monotonic() > deadline_s
-            if is_late and len(finished) < minimum:
-                raise RoundError(self._explain(opening))
-            if is_late or (is_complete and len(finished) >= minimum):
+            waited_s = time.monotonic() - started_s
+            self._tell(opening)
+            finished, num_able = board.finished(), num_clients - len(board.given_up())
+            if len(finished) >= closing.wanted:
+                return finished[: closing.wanted]
+            if num_able < closing.minimum:
+                raise RoundError(waiting.too_few(num_able))
+            is_over = waited_s > self._round_timeout_s
+            is_late = closing.deadline_s is not None and waited_s > closing.deadline_s
+            if len(finished) >= closing.minimum and (is_over or is_late or not board.missing()):
                 return finished
+            if is_over:
+                raise RoundError(waiting.failure())
+            if (note := waiting.note(waited_s)) is not None:
+                self._observe(Note(note))
 
-    def _tell(self) -> None:
+    def _tell(self, opening: Opening) -> None:
         """Pass on what happened since the last time."""
         for incident in self._board.incidents():
             self._observe(Note(incident))
@@ -106,30 +155,29 @@ class RemoteClients:
             if self._told.get(client) != report.samples_done:
                 self._told[client] = report.samples_done
                 self._observe(
-                    Progress(report.round, client, report.samples_done, report.samples_total, report.loss)
+                    Progress(opening.round, client, report.samples_done, report.samples_total, report.loss)
                 )
-
-    def _explain(self, opening: Opening) -> str:
-        silent = [
-            f"{client} (stage {', '.join(map(str, stages))}) "
-            + (
-                f"last heard {heard:.0f} s ago"
-                if (heard := self._board.silent_s(client)) is not None
-                else "never heard"
-            )
-            for client, stages in self._board.missing().items()
-        ]
-        return (
-            f"{len(self._board.finished())} of {len(opening.cohort)} clients reported within "
-            f"{self._round_timeout_s:g} s, {_needed(opening.minimum, opening.cohort)}; "
-            f"missing: {'; '.join(silent)}"
-        )
 
     def _update(self, client: str) -> ClientUpdate:
         update = self._journal.update_of(client, len(self._board.pushed_by(client)))
         assert update is not None
         return update
 
+    def _in_client_order(self, clients: Collection[str]) -> tuple[str, ...]:
+        return tuple(client for client in self._predicted_s if client in clients)
 
-def _needed(minimum: int, cohort: Sequence[str]) -> str:
-    return "all are needed" if minimum == len(cohort) else f"{minimum} are needed"
+
+class _Closed(BaseModel):
+    """How a round was closed.
+
+    Attributes:
+        counted: clients whose updates it takes, in client order.
+        late: clients that go on, by the round that they began with.
+        sat_out: clients whose updates count in no round, and why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    counted: tuple[str, ...]
+    late: dict[str, int]
+    sat_out: dict[str, str]

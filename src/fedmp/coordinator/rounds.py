@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from fedmp.aggregate import Aggregator
 from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
-from fedmp.coordinator.clients import Clients, Opening, Trained
+from fedmp.coordinator.clients import Clients, ClientUpdate, Opening, Trained
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.records import DeviceReport, Observer, RoundFinished, RoundRecord, RoundStarted
+from fedmp.seeds import derive_seed
 from fedmp.strategy import Strategy
 
 __all__ = ["RoundSettings", "run_rounds"]
@@ -29,6 +32,7 @@ class RoundSettings:
         first_round, last_round: rounds to run, both included.
         seed: the job's.
         fingerprint: of the model's graph, for the checkpoints.
+        late: clients that go on, in the first round, with an earlier one: which.
     """
 
     clients: Sequence[str]
@@ -38,6 +42,7 @@ class RoundSettings:
     last_round: int
     seed: int
     fingerprint: str
+    late: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_rounds(
@@ -72,15 +77,16 @@ def run_rounds(
         FedmpError: a client cannot go on.
     """
     records = []
+    late = settings.late
     for round in range(settings.first_round, settings.last_round + 1):
         started_s = time.monotonic()
-        opening = _open(settings, strategy, round)
-        num_samples = sum(settings.round_samples[client] for client in opening.cohort)
-        observe(RoundStarted(round, opening.cohort, num_samples))
+        opening = _open(settings, strategy, round, late)
+        observe(_started(settings, opening))
 
         trained = clients.train(opening)
-        weights = [float(update.num_examples) for update in trained.updates]
-        model.apply(aggregator.combine(trained.updates, weights))
+        updates = [update.discounted(_discount(opening, update)) for update in trained.updates]
+        weights = [float(update.num_examples) for update in updates]
+        model.apply(aggregator.combine(updates, weights))
 
         record = _record(round, trained, evaluate(), started_s)
         _commit(checkpoints, settings.fingerprint, model, record)
@@ -88,13 +94,32 @@ def run_rounds(
         on_reports(round, {update.client: update.reports for update in trained.updates})
         observe(RoundFinished(record))
         records.append(record)
+        late = trained.late
     return records
 
 
-def _open(settings: RoundSettings, strategy: Strategy, round: int) -> Opening:
-    cohort = strategy.cohort(settings.clients, round=round, seed=settings.seed)
-    minimum = len(cohort) if strategy.min_clients is None else min(strategy.min_clients, len(cohort))
-    return Opening(round, cohort, minimum)
+def _open(settings: RoundSettings, strategy: Strategy, round: int, late: Mapping[str, int]) -> Opening:
+    """Let so many clients begin that, with those who are late, as many train as the strategy wants."""
+    closing = strategy.closing(len(settings.clients))
+    free = [client for client in settings.clients if client not in late]
+    size = min(closing.num_training - len(late), len(free))
+    cohort = strategy.cohort(free, round=round, seed=settings.seed, size=size) if size > 0 else ()
+    spare = [client for client in free if client not in cohort] if closing.refills else []
+    order = torch.randperm(
+        len(spare), generator=torch.Generator().manual_seed(derive_seed(settings.seed, "spare", round))
+    )
+    closing = closing.among(len(cohort) + len(late) + len(spare))
+    return Opening(round, cohort, closing, late, tuple(spare[index] for index in order.tolist()))
+
+
+def _started(settings: RoundSettings, opening: Opening) -> RoundStarted:
+    taking_part = {*opening.cohort, *opening.late}
+    clients = tuple(client for client in settings.clients if client in taking_part)
+    return RoundStarted(opening.round, clients, sum(settings.round_samples[client] for client in clients))
+
+
+def _discount(opening: Opening, update: ClientUpdate) -> float:
+    return opening.closing.discount(opening.round - update.round)
 
 
 def _record(round: int, trained: Trained, evaluation: Evaluation, started_s: float) -> RoundRecord:
@@ -119,6 +144,8 @@ def _record(round: int, trained: Trained, evaluation: Evaluation, started_s: flo
         faults=trained.faults,
         recoveries=trained.recoveries,
         sat_out=tuple(trained.sat_out),
+        late=dict(trained.late),
+        stale={update.client: update.round for update in trained.updates if update.round != round},
     )
 
 

@@ -213,7 +213,11 @@ class CoordinatorService:
         self._check_round(round, member)
         async with self._writing:
             path = await run_in_threadpool(
-                self._journal.global_stage, member.pulled, self._model.state, member.stage_key
+                self._journal.global_stage,
+                member.pulled,
+                self._model.state,
+                member.stage_key,
+                client=member.client,
             )
         self._board.sent(path.stat().st_size)
         return FileResponse(path, media_type="application/octet-stream")
@@ -326,7 +330,7 @@ class CoordinatorService:
 
     def _check_round(self, round: int, member: Member) -> None:
         """Refuse what is not for the open round, by a client of its cohort."""
-        window, status = self._board.window(round), self._board.status()
+        window, status = self._board.window(round, member.client), self._board.status()
         if window == "not yet":
             raise RefusedError(f"round {round} is not open yet", status=503, reason="not-yet")
         if window == "over":
@@ -336,7 +340,7 @@ class CoordinatorService:
             raise RefusedError(
                 f"round {round} is not open; round {status.round} is", status=409, reason="wrong-round"
             )
-        if member.client not in status.cohort:
+        if window == "not in cohort":
             raise RefusedError(
                 f"client {member.client} is not in the cohort of round {round}",
                 status=409,

@@ -137,6 +137,8 @@ class Attendance:
         self._num_spare = num_spare
         look = self._look()
         for client in self._clients.values():
+            if self._board.is_training(client.name):
+                continue  # late for an earlier round, which it finishes first
             here = {device for device in _names(client.whole) if self._is_here(client, device, look)}
             if client.better is None and not self._absent(client, look):
                 self._improve(client, here)

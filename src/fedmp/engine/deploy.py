@@ -152,6 +152,7 @@ class DeployEngine(Component):
             RemoteClients(
                 board,
                 journal,
+                session.model,
                 predicted_s=settings.predicted_s,
                 round_timeout_s=self.round_timeout_s,
                 watch=attendance.check,
@@ -220,7 +221,7 @@ class _Attending:
     remote: RemoteClients
 
     def train(self, opening: Opening) -> Trained:
-        self.attendance.begin_round(num_spare=len(opening.cohort) - opening.minimum)
+        self.attendance.begin_round(num_spare=opening.num_clients - opening.closing.minimum)
         return self.remote.train(opening)
 
     def committed(self, round: int) -> None:

@@ -101,6 +101,7 @@ class LocalEngine(Component):
                 clients = RemoteClients(
                     board,
                     journal,
+                    session.model,
                     predicted_s=settings.predicted_s,
                     round_timeout_s=self.round_timeout_s,
                     watch=fleet.check,

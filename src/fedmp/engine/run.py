@@ -125,6 +125,7 @@ def _run(
             simulated_s=sum(record.simulated_s for record in before),
             observe=tell,
             config=config,
+            late=before[-1].late if before else {},
         )
     )
     records = (*before, *outcome.records)

@@ -32,6 +32,7 @@ class Session:
         checkpoints: where rounds are committed.
         journal_folder: for the coordinator's journal.
         first_round: the round to begin with.
+        late: clients that go on with an earlier round, as the run before left them.
         started_s: `time.monotonic()` when the run began.
         simulated_s: seconds on the clock of the simulation, of the rounds before the first.
         observe: told of everything.
@@ -47,6 +48,7 @@ class Session:
     simulated_s: float = 0.0
     observe: Observer = lambda event: None
     config: Mapping[str, Any] = field(default_factory=dict)
+    late: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def round_settings(session: Session) -> RoundSettings:
         last_round=prepared.job.rounds,
         seed=prepared.job.seed,
         fingerprint=prepared.graph.fingerprint,
+        late=session.late,
     )
 
 

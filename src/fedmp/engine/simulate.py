@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,6 +13,8 @@ import torch
 from fedmp.client import LocalTrainer
 from fedmp.component import Component
 from fedmp.coordinator import ClientUpdate, Opening, Trained
+from fedmp.engine.arrivals import Arrivals, predict_arrivals
+from fedmp.engine.held import Held, HeldUpdates
 from fedmp.engine.job import Job
 from fedmp.engine.prepare import ClientSetup, Prepared, prepare
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
@@ -79,35 +82,79 @@ class CohortTrainer(Protocol):
 
 
 class SimulatedClients:
-    """Clients that all finish every round.
+    """Clients whose updates arrive in the order of their predicted times, as if they were real.
+
+    A client's update is made when it begins, from the model of that moment, and held until it would arrive.
 
     Args:
         session: the job under way.
         trainer: trains a cohort.
+        finish_s: seconds in which a client that begins with a round finishes it; infinite if it never does.
+
+    Raises:
+        ResumeError: late updates of an earlier run cannot be read.
     """
 
-    def __init__(self, session: Session, trainer: CohortTrainer) -> None:
+    def __init__(
+        self,
+        session: Session,
+        trainer: CohortTrainer,
+        finish_s: Callable[[ClientSetup, int], float] = lambda setup, round: setup.predicted_s,
+    ) -> None:
         self._prepared = session.prepared
         self._trainer = trainer
+        self._finish_s = finish_s
+        self._store = HeldUpdates(session.journal_folder / "late")
+        self._held: Mapping[str, Held] = self._store.load(session.first_round - 1, session.late)
 
     def train(self, opening: Opening) -> Trained:
-        """Train the cohort.
+        """Train those whose updates count, now or later.
 
         Raises:
+            RoundError: fewer clients than the minimum ever finish.
             TrainingError: a client's loss is not finite.
         """
-        setups = [self._prepared.clients[name] for name in opening.cohort]
-        updates = self._trainer.train(setups, round=opening.round)
-        traffic = [_traffic(setup, self._prepared) for setup in setups]
+        clients, round = self._prepared.clients, opening.round
+        arrivals = predict_arrivals(
+            opening,
+            order=tuple(clients),
+            left_s={client: held.left_s for client, held in self._held.items()},
+            finish_s=lambda client: self._finish_s(clients[client], round),
+        )
+        late, lost = self._late(opening, arrivals)
+        took_part = {*arrivals.counted, *arrivals.left_s}
+        begun = [setup for name, setup in clients.items() if name in took_part and name not in opening.late]
+        needed = [setup for setup in begun if setup.name not in lost]
+        made = {update.client: update for update in self._trainer.train(needed, round=round)}
+        updates = {**{client: held.update for client, held in self._held.items()}, **made}
+        self._held = {client: Held(updates[client], left_s) for client, left_s in late.items()}
+        self._store.save(round, self._held)
+        counted = [clients[name] for name in clients if name in arrivals.counted]
         return Trained(
-            updates=updates,
-            bytes_up=sum(up for up, _ in traffic),
-            bytes_down=sum(down for _, down in traffic),
-            simulated_s=max(setup.predicted_s for setup in setups),
+            updates=[updates[setup.name] for setup in counted],
+            late={client: updates[client].round for client in late},
+            sat_out=lost,
+            bytes_up=sum(_traffic(setup, self._prepared)[0] for setup in counted),
+            bytes_down=sum(_traffic(setup, self._prepared)[1] for setup in begun),
+            simulated_s=arrivals.duration_s,
         )
 
     def committed(self, round: int) -> None:
-        """Nothing was kept."""
+        """Delete late updates that have arrived."""
+        self._store.committed(round, self._held)
+
+    def _late(self, opening: Opening, arrivals: Arrivals) -> tuple[dict[str, float], dict[str, str]]:
+        """Who goes on, with the seconds that are left; and whose updates count in no round, and why."""
+        late, lost = dict[str, float](), dict[str, str]()
+        oldest = opening.closing.oldest(opening.round)
+        for client in self._prepared.clients:
+            if client in arrivals.left_s:
+                left_s, begun = arrivals.left_s[client], opening.late.get(client, opening.round)
+                if oldest is None or begun < oldest or math.isinf(left_s):
+                    lost[client] = "late"
+                else:
+                    late[client] = left_s
+        return late, lost
 
 
 class OneByOne:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedmp.records.clock import RoundTimed
 from fedmp.records.plan import Plan
@@ -44,7 +44,10 @@ class RoundRecord(BaseModel):
         simulated_s: seconds that the plans, device speeds and links predict for it.
         faults: devices that were lost.
         recoveries: times that a client began the round anew.
-        sat_out: clients of the cohort that did not finish the round.
+        sat_out: clients that took part and whose updates count in no round: they failed, or were late and the
+            strategy discards that.
+        late: clients that the round did not wait for and that train on, by the round from whose model they began.
+        stale: clients among `clients` that began with an earlier round: which.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +68,8 @@ class RoundRecord(BaseModel):
     faults: int = 0
     recoveries: int = 0
     sat_out: tuple[str, ...] = ()
+    late: Mapping[str, int] = Field(default_factory=dict)
+    stale: Mapping[str, int] = Field(default_factory=dict)
 
 
 class Summary(BaseModel):

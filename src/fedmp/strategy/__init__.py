@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fedmp.strategy.closing import Closing, ClosingRules
 from fedmp.strategy.fedavg import FedAvg, Strategy
+from fedmp.strategy.fedbuff import FedBuff
 
-__all__ = ["FedAvg", "Strategy"]
+__all__ = ["Closing", "ClosingRules", "FedAvg", "FedBuff", "Strategy"]
