@@ -83,6 +83,7 @@ class Board:
         *,
         late: Mapping[str, int] | None = None,
         spare: Sequence[str] = (),
+        wanted: int | None = None,
     ) -> None:
         """Let the cohort begin.
 
@@ -92,9 +93,10 @@ class Board:
             reported: updates that are in the journal already: their generation by client and rank.
             late: clients that go on with an earlier round: which.
             spare: clients that begin one by one, in this order, as others are done.
+            wanted: whole clients that are enough; None for all.
         """
         with self._changed:
-            self._roll.open(round, cohort, reported or {}, late=late or {}, spare=spare)
+            self._roll.open(round, cohort, reported or {}, late=late or {}, spare=spare, wanted=wanted)
             self._progress = {name: report for name, report in self._progress.items() if name in (late or {})}
             self._attempts.open_round(late or {})
             self._note_arrivals()
@@ -133,12 +135,11 @@ class Board:
         with self._changed:
             return self._changed.wait_for(lambda: needed <= self._told, timeout_s)
 
-    def wait_for_cohort(self, *, timeout_s: float, wanted: int | None = None) -> bool:
-        """Wait until every device of the cohort has reported that is still expected to, or something fails.
+    def wait_for_cohort(self, *, timeout_s: float) -> bool:
+        """Wait until as many clients as are wanted have reported, or all that still can, or something fails.
 
         Args:
             timeout_s: return False after so long, or when there are incidents to tell.
-            wanted: whole clients that are enough; None for all.
 
         Raises:
             FedmpError: a device reported a failure; of the kind that it reported.
@@ -148,7 +149,7 @@ class Board:
             while True:
                 if self._failure is not None and self._is_explained(self._failure):
                     raise _KINDS.get(self._failure.kind, RoundError)(self._failure.message)
-                if not self._missing() or (wanted is not None and len(self._finished()) >= wanted):
+                if not self._missing() or self._roll.is_enough(self._attempts.given_up):
                     return True
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0 or self._attempts.incidents:
@@ -158,7 +159,7 @@ class Board:
     def finished(self) -> tuple[str, ...]:
         """Clients of which every device has reported, in the order in which they were complete."""
         with self._changed:
-            return self._finished()
+            return self._roll.finished(self._attempts.given_up)
 
     def training(self) -> dict[str, int]:
         """The clients that take part in the open round, by the round from whose model they began."""
@@ -215,7 +216,7 @@ class Board:
                 kind=self._instruction.kind,
                 round=self._instruction.round,
                 cohort=tuple(self._roll.started),
-                num_reported=len(self._finished()),
+                num_reported=len(self._roll.finished(self._attempts.given_up)),
                 silent_s={device: now_s - at_s for device, at_s in self._last_heard_s.items()},
                 bytes_up=self.bytes_up,
                 bytes_down=self.bytes_down,
@@ -487,9 +488,6 @@ class Board:
             for member in self._roll.missing(self.members.values())
             if member.client not in self._attempts.given_up
         }
-
-    def _finished(self) -> tuple[str, ...]:
-        return tuple(client for client in self._roll.arrived if client not in self._attempts.given_up)
 
     def _note_arrivals(self) -> None:
         self._roll.note_arrivals(self.members.values(), self._attempts.given_up)

@@ -87,6 +87,10 @@ class Journal:
                 _write_atomically(path, lambda part: save_file(dict(state), part))
             self._is_sealed = True
 
+    def keeps(self, round: int) -> bool:
+        """Whether the model that an earlier round started from is here, for those who go on with it."""
+        return (self._folder_of(round) / _MODEL).exists()
+
     def close(self, late: Mapping[str, int] | None = None) -> None:
         """Delete the open round's files, once its result is committed.
 

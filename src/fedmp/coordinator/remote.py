@@ -17,7 +17,7 @@ from fedmp.coordinator.clients import ClientUpdate, Opening, Trained
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.journal import Journal
 from fedmp.coordinator.waiting import Waiting
-from fedmp.errors import RoundError
+from fedmp.errors import ResumeError, RoundError
 from fedmp.records import Note, Observer, Progress
 
 __all__ = ["RemoteClients"]
@@ -66,11 +66,18 @@ class RemoteClients:
 
         Raises:
             RoundError: fewer than the minimum will finish it, or did in time.
+            ResumeError: what late clients of an earlier run began with is gone.
             FedmpError: a device failed.
         """
         board, journal = self._board, self._journal
         before = (board.bytes_up, board.bytes_down, board.faults, board.recoveries)
         journal.open(opening.round, opening.late)
+        for client, begun in opening.late.items():
+            if not journal.keeps(begun):
+                raise ResumeError(
+                    f"{client} was late for round {begun} when the run ended, and the model that it began with is not "
+                    f"in the journal; resume with the engine that the run began with"
+                )
         decided = journal.decision()
         closed = self._close(opening) if decided is None else self._close_again(opening, decided)
         self._late = closed.late
@@ -95,7 +102,14 @@ class RemoteClients:
         """Wait until the round may close, and write down how it does."""
         board, everyone = self._board, (*opening.cohort, *opening.late, *opening.spare)
         found = self._journal.found({client: board.pushed_by(client) for client in everyone})
-        board.open_round(opening.round, opening.cohort, found, late=opening.late, spare=opening.spare)
+        board.open_round(
+            opening.round,
+            opening.cohort,
+            found,
+            late=opening.late,
+            spare=opening.spare,
+            wanted=opening.closing.wanted,
+        )
         counted = self._wait(opening)
         took_part, given_up = board.training(), board.given_up()
         late = board.close_round(counted, oldest=opening.closing.oldest(opening.round))
@@ -129,7 +143,7 @@ class RemoteClients:
         started_s = time.monotonic()
         self._told = {}
         while True:
-            if not board.wait_for_cohort(timeout_s=_WATCH_S, wanted=closing.wanted):
+            if not board.wait_for_cohort(timeout_s=_WATCH_S):
                 self._watch()
             waited_s = time.monotonic() - started_s
             self._tell(opening)

@@ -30,6 +30,7 @@ class Roll:
         self._round = 0
         self._at_a_time = 0
         self._spare: list[str] = []
+        self._wanted: int | None = None
 
     def open(
         self,
@@ -39,6 +40,7 @@ class Roll:
         *,
         late: Mapping[str, int],
         spare: Sequence[str],
+        wanted: int | None,
     ) -> None:
         """A round begins.
 
@@ -48,7 +50,9 @@ class Roll:
             reported: updates that are in already; of clients that were complete before, in that order.
             late: clients that go on, by the round that they began with.
             spare: clients that begin one by one as others are done.
+            wanted: whole clients that are enough; None for all.
         """
+        self._wanted = wanted
         self._round = round
         self.started = {**late, **dict.fromkeys(cohort, round)}
         self.reported = dict(reported)
@@ -89,10 +93,18 @@ class Roll:
             ]
             done = {*self.arrived, *gone} & self.started.keys()
             room = self._at_a_time + len(done) - len(self.started)
-            if room <= 0 or not self._spare:
-                return
+            if room <= 0 or not self._spare or self.is_enough(gone):
+                return  # who would begin now had better wait for the next model
             beginning, self._spare = self._spare[:room], self._spare[room:]
             self.started.update(dict.fromkeys(beginning, self._round))
+
+    def finished(self, gone: Collection[str]) -> tuple[str, ...]:
+        """Clients whose whole update is in, in the order in which they were complete."""
+        return tuple(client for client in self.arrived if client not in gone)
+
+    def is_enough(self, gone: Collection[str]) -> bool:
+        """Whether as many have finished as are wanted."""
+        return self._wanted is not None and len(self.finished(gone)) >= self._wanted
 
     def missing(self, members: Iterable[Member]) -> set[Member]:
         """Devices on the roll that have not reported."""

@@ -69,7 +69,7 @@ def predict_arrivals(
         heapq.heappop(queue)
         now_s = at_s
         counted.append(client)
-        if spare:
+        if spare and len(counted) < closing.wanted:
             beginning = spare.pop(0)
             heapq.heappush(queue, (now_s + finish_s(beginning), place[beginning], beginning))
     return Arrivals(tuple(counted), {client: at_s - now_s for at_s, _, client in queue}, now_s)
