@@ -84,7 +84,7 @@ class RemoteClients:
         someone_goes_on = opening.round in closed.late.values()
         journal.seal(self._model.state if someone_goes_on else None)
         return Trained(
-            updates=[self._update(client) for client in closed.counted],
+            updates=[self._update(client, num_devices) for client, num_devices in closed.counted.items()],
             late=closed.late,
             sat_out=closed.sat_out,
             bytes_up=board.bytes_up - before[0],
@@ -114,7 +114,7 @@ class RemoteClients:
         took_part, given_up = board.training(), board.given_up()
         late = board.close_round(counted, oldest=opening.closing.oldest(opening.round))
         closed = _Closed(
-            counted=self._in_client_order(counted),
+            counted={client: len(board.pushed_by(client)) for client in self._in_client_order(counted)},
             late={client: late[client] for client in self._in_client_order(late)},
             sat_out={
                 client: given_up.get(client, "late")
@@ -136,7 +136,6 @@ class RemoteClients:
     def _wait(self, opening: Opening) -> tuple[str, ...]:
         """Wait until the round may close; returns the clients whose updates it takes."""
         board, closing = self._board, opening.closing
-        num_clients = len(opening.cohort) + len(opening.late) + len(opening.spare)
         waiting = Waiting(
             board, opening, timeout_s=self._round_timeout_s, explain_after_s=self._explain_after_s
         )
@@ -147,7 +146,7 @@ class RemoteClients:
                 self._watch()
             waited_s = time.monotonic() - started_s
             self._tell(opening)
-            finished, num_able = board.finished(), num_clients - len(board.given_up())
+            finished, num_able = board.finished(), opening.num_clients - len(board.given_up())
             if len(finished) >= closing.wanted:
                 return finished[: closing.wanted]
             if num_able < closing.minimum:
@@ -172,8 +171,8 @@ class RemoteClients:
                     Progress(opening.round, client, report.samples_done, report.samples_total, report.loss)
                 )
 
-    def _update(self, client: str) -> ClientUpdate:
-        update = self._journal.update_of(client, len(self._board.pushed_by(client)))
+    def _update(self, client: str, num_devices: int) -> ClientUpdate:
+        update = self._journal.update_of(client, num_devices)
         assert update is not None
         return update
 
@@ -185,13 +184,13 @@ class _Closed(BaseModel):
     """How a round was closed.
 
     Attributes:
-        counted: clients whose updates it takes, in client order.
+        counted: clients whose updates it takes, in client order, and of how many devices each was.
         late: clients that go on, by the round that they began with.
         sat_out: clients whose updates count in no round, and why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    counted: tuple[str, ...]
+    counted: dict[str, int]
     late: dict[str, int]
     sat_out: dict[str, str]

@@ -64,24 +64,19 @@ class Waiting:
         """Why nobody needs to wait any longer."""
         why = "; ".join(f"{client}: {reason}" for client, reason in self._board.given_up().items())
         return (
-            f"{num_able} of {self._num_clients} clients are left in the round, "
+            f"{num_able} of {self._opening.num_clients} clients are left in the round, "
             f"{self._needed(self._opening.closing.minimum)}; {why}. What was committed is safe: mend it and resume "
             f"the run"
         )
-
-    @property
-    def _num_clients(self) -> int:
-        opening = self._opening
-        return len(opening.cohort) + len(opening.late) + len(opening.spare)
 
     def _count(self, needed: int) -> str:
         return f"{self._in()} are in, {self._needed(needed)}"
 
     def _in(self) -> str:
-        return f"{len(self._board.finished())} of {self._num_clients} clients"
+        return f"{len(self._board.finished())} of {self._opening.num_clients} clients"
 
     def _needed(self, number: int) -> str:
-        return "all are needed" if number == self._num_clients else f"{number} are needed"
+        return "all are needed" if number == self._opening.num_clients else f"{number} are needed"
 
     def _missing(self) -> str:
         training = self._board.training()
