@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fedmp.errors import DeadlineError
 from fedmp.pipeline import (
     DistributedTransport,
     MicroBatches,
@@ -43,6 +44,10 @@ class Place:
         self._rendezvous = rendezvous
         self._transport: DistributedTransport | None = None
         self._generation = 0
+
+    def miss(self) -> None:
+        """Let a generation pass without being there."""
+        self._generation += 1
 
     def transport(self, timeout_s: float = 20.0) -> DistributedTransport:
         """Leave the present group, if any, and come up in the next generation."""
@@ -183,6 +188,21 @@ def disagree(place: Place, parts: list[Part], batches: list[MicroBatches], steps
     finally:
         place.leave()
     return "no error"
+
+
+def stumble(place: Place) -> str:
+    """The first process waits for the other one in vain, once; then both come up. The error in between."""
+    error = ""
+    if place.rank == 0:
+        try:
+            place.transport(timeout_s=0.3)
+        except DeadlineError as raised:
+            error = str(raised)
+    else:
+        place.miss()
+    place.transport(timeout_s=10.0)
+    place.leave()
+    return error
 
 
 def be_silent(place: Place, parts: list[Part], batch: MicroBatches) -> tuple[str, float]:

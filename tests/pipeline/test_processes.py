@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedmp.pipeline import MicroBatches, host_rendezvous
 from fedmp.stages import model_state
 from tests.pipeline.harness import cut, own_stages, traced
-from tests.pipeline.processes import Pair, Part, be_silent, disagree, predict, recover, train
+from tests.pipeline.processes import Pair, Part, be_silent, disagree, predict, recover, stumble, train
 from tests.support.models import CASES
 
 
@@ -115,6 +115,12 @@ def test_a_silent_peer_is_an_error_after_the_deadline(pair: Pair) -> None:
     error, seconds = pair.run(be_silent, parts, cut(CASES["mlp"][1](4, 0), 2))[1]
     assert error == "DeadlineError"
     assert 0.4 < seconds < 10
+
+
+def test_a_process_that_waited_in_vain_meets_the_others_in_the_next_generation(pair: Pair) -> None:
+    for _ in range(2):
+        first, _ = pair.run(stumble)
+        assert "did not come together within 0.3 s" in first
 
 
 def test_the_first_process_gets_the_outputs_if_it_wants_them(pair: Pair) -> None:

@@ -201,11 +201,13 @@ class DistributedTransport:
                 timeout=timedelta(seconds=connect_s),
             )
         except dist.DistStoreError as error:
+            _forget_attempt()
             raise DeadlineError(
                 f"generation {generation} of the pipeline did not come together within {connect_s:g} s: "
                 f"{_first_line(error)}"
             ) from error
         except RuntimeError as error:
+            _forget_attempt()
             raise PipelineError(
                 f"generation {generation} of the pipeline did not come up: {_first_line(error)}"
             ) from error
@@ -299,6 +301,16 @@ class _Transfer:
     def abandon(self) -> None:
         """Let go of the connection."""
         self._work = None
+
+
+def _forget_attempt() -> None:
+    """Let torch count the groups of this process from zero again, as its peers do.
+
+    The count is part of the name under which a group meets. A group that did not come up is counted, and only
+    leaving one that did resets it, so that a device that failed once would never meet the others again.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    dist.destroy_process_group()
 
 
 def _first_line(error: BaseException) -> str:
