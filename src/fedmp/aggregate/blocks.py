@@ -2,8 +2,8 @@
 
 A block is a run of elements of the flattened tensor, so small that what is computed of it over all clients
 stays in a core's cache. Updates are read once from memory (or from the journal's mapped files) and never
-copied as a whole. Blocks are shared out to a few threads; each element is computed by one thread, in client
-order, so results do not depend on how many there are.
+copied as a whole. Each element is computed by one thread, in client order, so results do not depend on how
+many threads there are.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ __all__ = ["combine_sorted", "gives_views", "non_finite", "read", "weighted_sum"
 
 Updates = Sequence[Mapping[str, torch.Tensor]]
 
-# torch's operations on so few elements stay on the calling thread (at::internal::GRAIN_SIZE), which is
-# what lets our own threads work side by side
-_SUM_BLOCK = 1 << 15
+# elements: of float32 they fill 1 MiB, which torch's threads keep in their caches while all clients are added
+_SUM_BLOCK = 1 << 18
 _SORT_BLOCK_BYTES = 1 << 20
 _MAX_THREADS = 4
 # below this a thread costs more than it saves
@@ -65,14 +64,10 @@ def weighted_sum(updates: Updates, name: str, coefficients: Sequence[float]) -> 
     total = torch.zeros_like(first, dtype=working_dtype(first.dtype))
     if all(gives_views(update) for update in updates) and total.is_contiguous():
         tensors, flat = read(updates, name), total.view(-1)
-        num_bytes = first.element_size() * first.numel() * len(updates)
-
-        def add_up(start: int, stop: int) -> None:
-            accumulator = flat[start:stop]
+        for start in range(0, flat.numel(), _SUM_BLOCK):
+            accumulator = flat[start : start + _SUM_BLOCK]
             for tensor, coefficient in zip(tensors, coefficients, strict=True):
-                accumulator.add_(tensor[start:stop].to(flat.dtype), alpha=coefficient)
-
-        _over_blocks(first.numel(), _SUM_BLOCK, num_bytes, add_up)
+                accumulator.add_(tensor[start : start + _SUM_BLOCK].to(flat.dtype), alpha=coefficient)
     else:
         for update, coefficient in zip(updates, coefficients, strict=True):
             total.add_(update[name].to(total.dtype), alpha=coefficient)
