@@ -14,7 +14,7 @@ from fedmp.data.hapt import HAPT
 from fedmp.data.images import CIFAR10, MNIST, FashionMNIST, FashionMNISTExcerpt
 from fedmp.data.no_data import NoData
 from fedmp.data.shakespeare import Shakespeare
-from fedmp.data.splits import IID, ByUser, Dirichlet, Own, Shards, Split, describe
+from fedmp.data.splits import IID, ByUser, Dirichlet, Own, PowerLaw, Shards, Split, describe
 
 __all__ = [
     "CIFAR10",
@@ -31,6 +31,7 @@ __all__ = [
     "FashionMNISTExcerpt",
     "NoData",
     "Own",
+    "PowerLaw",
     "Shakespeare",
     "Shards",
     "Split",

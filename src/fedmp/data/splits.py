@@ -16,7 +16,7 @@ from fedmp.data.dataset import Dataset
 from fedmp.errors import DataError
 from fedmp.records import ClientData
 
-__all__ = ["IID", "ByUser", "Dirichlet", "Own", "Shards", "Split", "describe"]
+__all__ = ["IID", "ByUser", "Dirichlet", "Own", "PowerLaw", "Shards", "Split", "describe"]
 
 _MAX_DRAWS = 1000
 
@@ -130,6 +130,63 @@ class Shards(Component):
         shards = np.array_split(by_label, num_shards)
         hands = generator.permutation(num_shards).reshape(num_clients, self.shards_per_client)
         return _assignments([np.concatenate([shards[shard] for shard in hand]) for hand in hands], "Shards")
+
+
+class PowerLaw(Component):
+    """Few labels a client and very unequal sizes, as of MNIST in Li et al. 2020 (FedProx, appendix C.1).
+
+    Client k has the labels k, k + 1, ... (modulo their number) in a random order of clients. It gets
+    `min_per_label` samples of each, and of what is left of a label a share in proportion to a number that is drawn
+    from a log-normal distribution, which makes many small clients and a few large ones. As in the authors' code,
+    but no sample is left over.
+
+    Args:
+        labels_per_client: at least 1, at most as many as there are.
+        min_per_label: the least of each of its labels that any client has, at least 1.
+        sigma: of the logarithm of the proportions; 2 in the paper's code, 0 for equal sizes.
+    """
+
+    labels_per_client: int = Field(default=2, ge=1)
+    min_per_label: int = Field(default=5, ge=1)
+    sigma: float = Field(default=2.0, ge=0, le=10)
+
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+        """The rows of each client; see `Split.assign`.
+
+        Raises:
+            DataError: targets are not classes, or a label has too few samples or nobody to go to.
+        """
+        generator = _generator(num_clients, seed)
+        labels = _labels(dataset, "PowerLaw")
+        classes = np.unique(labels)
+        if self.labels_per_client > len(classes):
+            raise DataError(
+                f"PowerLaw(labels_per_client={self.labels_per_client}) but there are {len(classes)} labels; use fewer"
+            )
+        places = generator.permutation(num_clients)
+        hands: list[list[npt.NDArray[Any]]] = [[] for _ in range(num_clients)]
+        for index, label in enumerate(classes):
+            steps = (index - places) % len(classes)
+            holders = np.flatnonzero(steps < self.labels_per_client)
+            rows = generator.permutation(np.flatnonzero(labels == label))
+            for client, part in zip(holders, self._deal(rows, len(holders), generator), strict=True):
+                hands[client].append(part)
+        return _assignments([np.concatenate(hand) for hand in hands], "PowerLaw")
+
+    def _deal(
+        self, rows: npt.NDArray[Any], num_holders: int, generator: np.random.Generator
+    ) -> list[npt.NDArray[Any]]:
+        """One label's rows for each of its holders."""
+        spare = len(rows) - num_holders * self.min_per_label
+        if num_holders == 0 or spare < 0:
+            raise DataError(
+                f"PowerLaw(min_per_label={self.min_per_label}) has {len(rows)} samples of a label for {num_holders} "
+                f"clients; use more clients if there are none, otherwise fewer or a smaller min_per_label"
+            )
+        draws = generator.lognormal(0.0, self.sigma, num_holders)
+        ends = np.round(np.cumsum(draws) / draws.sum() * spare).astype(np.int64)
+        sizes = np.diff(ends, prepend=0) + self.min_per_label
+        return np.split(rows, np.cumsum(sizes)[:-1])
 
 
 class ByUser(Component):
