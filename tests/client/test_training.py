@@ -154,8 +154,8 @@ def test_the_sums_of_a_round_add_up_over_its_steps() -> None:
     total = trainer(MeanLoss(function=_squares), plan, 10).train(
         round=1, on_step=lambda step, done, so_far: sums.append(so_far)
     )
-    assert sums[-1] == total
-    assert total.weight == 20
+    assert sums[-1] == total.sums
+    assert total.sums.weight == 20
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from fedmp.client.device import DeviceSpec, heartbeat, run_device, serve_job
 from fedmp.client.federation import Federation, HttpFederation
-from fedmp.client.training import LocalTrainer, LocalWork
+from fedmp.client.local_round import LocalRound, RoundResult
+from fedmp.client.state import StateStore
+from fedmp.client.training import LocalTrainer, Training
+from fedmp.client.work import LocalWork
 
 __all__ = [
     "DeviceSpec",
     "Federation",
     "HttpFederation",
+    "LocalRound",
     "LocalTrainer",
     "LocalWork",
+    "RoundResult",
+    "StateStore",
+    "Training",
     "heartbeat",
     "run_device",
     "serve_job",

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from fedmp.client.federation import Federation, HttpFederation
+from fedmp.client.local_round import LocalRound
 from fedmp.client.meeting import Meeting, Place, meet, stages_text
 from fedmp.client.sabotage import Saboteur
-from fedmp.client.training import LocalTrainer, LocalWork, throttled
+from fedmp.client.state import StateStore
+from fedmp.client.training import throttled
+from fedmp.client.work import LocalWork
 from fedmp.data import Dataset
 from fedmp.errors import FederationError, FedmpError, PipelineError, RefusedError, TrainingError
 from fedmp.pipeline import BatchResult, DeviceRunner, RunnerOptions, Transport
@@ -26,10 +31,10 @@ from fedmp.records import (
     ProgressReport,
     Ready,
     TimedAction,
+    state_key,
 )
 from fedmp.stages import Stage, StageBlueprint
 from fedmp.tasks import Task
-from fedmp.updates import difference, trained_names
 
 __all__ = ["DeviceSpec", "heartbeat", "run_device", "serve_job"]
 
@@ -37,6 +42,8 @@ _TIMELINE_STEP = 1
 _PROGRESS_S = 0.5
 _ROUND_IS_OVER = 409
 _ASK_AGAIN_S = 0.05
+
+_log = logging.getLogger("fedmp.device")
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ class DeviceSpec:
         task: the loss.
         work: what to do in a round.
         options: how to run the stages.
-        keep_statistics_local: keep buffers between rounds and do not send them.
+        state_folder: where it keeps what its client needs from round to round; None keeps it in memory. Devices
+            of a client that share the folder can take over each other's stages.
         record_timeline: measure the actions of one step in the device's first round.
         host: address at which the client's devices reach each other.
         backend: of torch.distributed.
@@ -81,7 +89,7 @@ class DeviceSpec:
     task: Task
     work: LocalWork
     options: RunnerOptions = field(default_factory=RunnerOptions)
-    keep_statistics_local: bool = False
+    state_folder: Path | None = None
     record_timeline: bool = False
     host: str = "127.0.0.1"
     backend: str = "gloo"
@@ -169,8 +177,7 @@ class _Device:
         self._stages = [Stage(blueprint).materialize(spec.torch_device) for blueprint in spec.blueprints]
         self._timeline: list[TimedAction] = []
         self._has_timeline = False
-        self._kept: dict[str, torch.Tensor] = {}
-        self._kept_round = 0
+        self._store = StateStore(spec.state_folder)
         self._runner: DeviceRunner | None = None
         self._saboteur = Saboteur(spec.faults) if spec.faults else None
 
@@ -203,7 +210,7 @@ class _Device:
                 self._saboteur.begin(instruction.round, instruction.attempt)
             if self._runner is None or instruction.generation > self._generation:
                 self._meet(instruction.generation)
-            self._train(instruction.round)
+            self._train(instruction.round, instruction.state)
         except _GenerationIsOverError:
             self._leave()
         except RefusedError as error:
@@ -266,7 +273,7 @@ class _Device:
             options=spec.options,
             device_name=spec.device,
         )
-        self._trainer = LocalTrainer(
+        self._local = LocalRound(
             self._runner,
             spec.work,
             client=spec.client,
@@ -288,32 +295,37 @@ class _Device:
             self._meeting.transport.close()
             self._meeting = None
 
-    def _train(self, round: int) -> None:
+    def _train(self, round: int, base: str) -> None:
+        """Train a round from the state that the coordinator names."""
         assert self._runner is not None
-        before = self._pull(round)
+        client, generation = self._spec.client, self._meeting.address.generation if self._meeting else ""
+        kept = self._store.load(client, base, wanted=self._local.concerns)
+        if base and self._keeps_state and not kept:
+            _log.warning("what %s kept of round %s is not here; it begins anew", client, base)
+        state = self._local.usable(kept, key=base, round=round)
+        pulled = self._pull(round, whole=self._local.needs_whole(state))
         bytes_before = self._runner.bytes_sent
-        evaluation = self._trainer.evaluate(round=round) if self._spec.work.evaluate_first else BatchResult()
-        started_s = time.monotonic()
-        result = self._trainer.train(round=round, on_step=self._step_watcher(self._runner, round))
-        update = difference(self._trained(), before)
-        report = DeviceReport(
-            num_examples=self._spec.work.num_examples(self._spec.num_samples),
-            loss_sum=result.loss_sum,
-            weight=result.weight,
-            num_correct=result.num_correct,
-            evaluation_loss_sum=evaluation.loss_sum,
-            evaluation_weight=evaluation.weight,
-            evaluation_correct=evaluation.num_correct,
-            pipeline_bytes=self._runner.bytes_sent - bytes_before,
-            train_s=time.monotonic() - started_s,
-            timeline=tuple(
-                (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s) for a in self._timeline
-            ),
-            generation=self._meeting.address.generation if self._meeting else "",
+        result = self._local.run(pulled, state, round=round, on_step=self._step_watcher(self._runner, round))
+        report = result.report.model_copy(
+            update={
+                "pipeline_bytes": self._runner.bytes_sent - bytes_before,
+                "timeline": tuple(
+                    (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s) for a in self._timeline
+                ),
+                "generation": generation,
+            }
         )
         self._has_timeline |= bool(self._timeline)
         self._timeline = []
-        self._push(round, update, report)
+        # before the update is handed in: once that counts, the next round starts from this
+        key = state_key(round, generation)
+        self._store.save(client, key, self._spec.device, result.state, base=base)
+        self._push(round, dict(result.update), report)
+
+    @property
+    def _keeps_state(self) -> bool:
+        work = self._spec.work
+        return work.keeps_optimizer or work.scope.keeps_values or bool(work.rule and work.rule.kept)
 
     def _push(self, round: int, update: dict[str, torch.Tensor], report: DeviceReport) -> None:
         fault = self._saboteur.at("push") if self._saboteur is not None else None
@@ -324,47 +336,20 @@ class _Device:
         if fault is not None and fault.kind == "drop":  # its acknowledgement: it is sent again
             self._federation.push(round, update, report)
 
-    def _pull(self, round: int) -> dict[str, torch.Tensor]:
-        """Load the round's global stages; buffers that are kept local stay after the first round."""
+    def _pull(self, round: int, *, whole: bool) -> dict[str, torch.Tensor]:
+        """The round's global stages."""
         if self._saboteur is not None:
             self._saboteur.at("pull")
-        before = self._federation.pull(round)
-        if self._spec.keep_statistics_local and round != self._kept_round:
-            # as they were when the round began: an attempt that is disturbed changes them
-            self._kept = self._statistics() if self._kept_round else {}
-            self._kept_round = round
-        for stage in self._stages:
-            stage.load_state({name: self._kept.get(name, before[name]) for name in stage.blueprint.state})
-        return before
-
-    def _statistics(self) -> dict[str, torch.Tensor]:
-        """A copy of the buffers of its stages."""
-        return {
-            name: tensor.clone()
-            for stage in self._stages
-            for name, tensor in zip(
-                stage.blueprint.state, stage.state_tensors(list(stage.blueprint.state)), strict=True
-            )
-            if stage.blueprint.state[name].kind == "buffer"
-        }
-
-    def _trained(self) -> dict[str, torch.Tensor]:
-        """What local training changed, each tensor from the stage that owns it."""
-        trained: dict[str, torch.Tensor] = {}
-        for stage in self._stages:
-            owned = stage.owned_state()
-            specs = [stage.blueprint.state[name] for name in owned]
-            names = trained_names(specs, with_buffers=not self._spec.keep_statistics_local)
-            trained.update({name: owned[name].cpu() for name in names})
-        return trained
+        return self._federation.pull(round, whole=whole)
 
     def _step_watcher(self, runner: DeviceRunner, round: int) -> Callable[[int, int, BatchResult], None]:
         """After each step: report progress now and then, and time the actions of one step."""
         spec = self._spec
-        total = spec.work.num_examples(spec.num_samples)
+        work = spec.work.of_round(spec.client, round)
+        total = work.num_examples(spec.num_samples)
         latest: list[ProgressReport] = []
         report = throttled(lambda: self._federation.progress(latest[-1]), _PROGRESS_S)
-        steps = spec.work.num_steps(spec.num_samples)
+        steps = work.num_steps(spec.num_samples)
         wanted = spec.record_timeline and not self._has_timeline
         self._timeline = []
         timed_step = min(_TIMELINE_STEP, steps - 1)

@@ -62,8 +62,13 @@ class Federation(Protocol):
         """What to do next; may take a while to answer. A device that was started anew names another process."""
         ...
 
-    def pull(self, round: int) -> dict[str, torch.Tensor]:
-        """The round's global stage, by canonical name."""
+    def pull(self, round: int, *, whole: bool = False) -> dict[str, torch.Tensor]:
+        """The round's global stage, by canonical name.
+
+        Args:
+            round: the open one.
+            whole: also what does not travel in every round, for a client that has no values of its own.
+        """
         ...
 
     def push(self, round: int, update: Mapping[str, torch.Tensor], report: DeviceReport) -> None:
@@ -137,9 +142,9 @@ class HttpFederation:
         fields = {"process": process} if process else None
         return Instruction.model_validate_json(self._ask("GET", "/v1/instruction", fields=fields).data)
 
-    def pull(self, round: int) -> dict[str, torch.Tensor]:
+    def pull(self, round: int, *, whole: bool = False) -> dict[str, torch.Tensor]:
         """The round's global stages; a transfer that breaks off is taken up again where it did."""
-        path = f"/v1/rounds/{round}/stage"
+        path = f"/v1/rounds/{round}/stage" + ("?whole=true" if whole else "")
         received = _Received()
         progress_s = time.monotonic()
         while not received.is_whole:

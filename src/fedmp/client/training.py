@@ -5,69 +5,41 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
+from fedmp.client.optimizer import LocalOptimizer, NamedParameters
+from fedmp.client.state import ClientState
+from fedmp.client.work import LocalWork
 from fedmp.data import Dataset
 from fedmp.errors import TrainingError
-from fedmp.learning_rate import Constant, LearningRate
 from fedmp.pipeline import BatchResult, DeviceRunner, MicroBatches, microbatch_sizes
-from fedmp.schedule import PlacedSchedule, Schedule
 from fedmp.seeds import derive_seed
 
-__all__ = ["LocalTrainer", "LocalWork"]
+__all__ = ["LocalTrainer", "Training"]
 
-OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 _EVALUATION_BATCHES = 4
+_NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class LocalWork:
-    """What a client does in one round; the same on all its devices.
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What a round of local training came to.
 
     Attributes:
-        optimizer: makes the client optimizer of a list of parameters; its state lives for one round.
-        schedule: of the pipeline.
-        batch_size: samples in one pass through the pipeline.
-        num_microbatches: into which each batch is cut.
-        local_epochs: passes over the client's data; a fraction rounds up to whole batches.
-        local_steps: if given, so many optimizer steps instead.
-        seed: the job's.
-        learning_rate, num_rounds: how the rate changes over so many rounds.
-        evaluate_first: evaluate the round's starting model on the client's data.
-        max_gradient_norm: clip each step's gradient to this norm over the whole model; None does not.
-        accumulate_batches: whose gradients make one optimizer step, as one larger batch would.
+        sums: of losses over the round; known on the device of the last stage alone.
+        num_steps: optimizer steps made.
+        rate_sum: the sum of the coefficients with which their gradients went into the change.
+        state: what the client keeps of it, by name.
     """
 
-    optimizer: OptimizerFactory
-    schedule: Schedule | PlacedSchedule
-    batch_size: int
-    num_microbatches: int
-    local_epochs: float
-    local_steps: int | None
-    seed: int
-    evaluate_first: bool
-    learning_rate: LearningRate = field(default_factory=Constant)
-    num_rounds: int = 1
-    max_gradient_norm: float | None = None
-    accumulate_batches: int = 1
-
-    def num_batches(self, num_samples: int) -> int:
-        """Batches in one round on so many samples."""
-        if self.local_steps is not None:
-            return self.local_steps * self.accumulate_batches
-        return max(1, math.ceil(self.local_epochs * math.ceil(num_samples / self.batch_size) - 1e-9))
-
-    def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps in one round on so many samples."""
-        return math.ceil(self.num_batches(num_samples) / self.accumulate_batches)
-
-    def num_examples(self, num_samples: int) -> int:
-        """Samples processed in one round on so many samples."""
-        passes, rest = divmod(self.num_batches(num_samples), math.ceil(num_samples / self.batch_size))
-        return passes * num_samples + min(rest * self.batch_size, num_samples)
+    sums: BatchResult
+    num_steps: int
+    rate_sum: float
+    state: ClientState
 
 
 class LocalTrainer:
@@ -94,45 +66,55 @@ class LocalTrainer:
         self._needs_inputs, self._needs_targets = blueprints[0].is_first, blueprints[-1].is_last
 
     def train(
-        self, *, round: int, on_step: Callable[[int, int, BatchResult], None] = lambda *_: None
-    ) -> BatchResult:
+        self,
+        *,
+        round: int,
+        pulled: Mapping[str, torch.Tensor] = _NOTHING,
+        state: ClientState = _NOTHING,
+        on_step: Callable[[int, int, BatchResult], None] = lambda *_: None,
+    ) -> Training:
         """Train for one round from the present weights.
 
         Args:
             round: seeds the order of the batches.
+            pulled: what the coordinator handed out, for the rule.
+            state: what the client kept of earlier rounds.
             on_step: called after each step with its number, the samples done so far, and the sums so far.
 
         Returns:
-            Sums over the round; known on the device of the last stage alone.
+            What it came to.
 
         Raises:
             TrainingError: the loss is not finite, or the weights are not in the end.
             PipelineError: another device of the client is gone.
         """
-        parameters = [p for stage in self._runner.stages for p in stage.parameters() if p.requires_grad]
-        optimizer = self._work.optimizer(parameters) if parameters else None
+        work = self._work.of_round(self._client, round)
+        optimizer = LocalOptimizer(work, self._parameters(), pulled=pulled, state=state)
         # the same dropout whatever engine runs the client, however its model is cut
-        self._runner.seed = derive_seed(self._work.seed, "noise", self._client)
-        rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
-        num_steps = self._work.num_steps(self._num_samples)
+        self._runner.seed = derive_seed(work.seed, "noise", self._client)
+        num_steps = work.num_steps(self._num_samples)
         total = BatchResult()
         samples_done = 0
-        for step, batches in enumerate(self._steps(round)):
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
+        for step, batches in enumerate(self._steps(work, round)):
+            optimizer.zero_grad()
             total = total + self._add_gradients(batches, round, step)
-            if optimizer is not None:
-                progress = (round - 1 + step / num_steps) / max(round, self._work.num_rounds)
-                factor = self._work.learning_rate.factor(progress)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
-                start_s = time.perf_counter()
-                optimizer.step()
-                self._runner.note("step", start_s)
+            start_s = time.perf_counter()
+            optimizer.step((round - 1 + step / num_steps) / max(round, work.num_rounds))
+            self._runner.note("step", start_s)
             samples_done += sum(map(len, batches))
             on_step(step, samples_done, total)
         self._check_weights(round)
-        return total
+        return Training(total, num_steps, optimizer.rate_sum, optimizer.kept())
+
+    def _parameters(self) -> NamedParameters:
+        """The trained parameters of all stages here; two stages may hold a copy of a tied one each."""
+        pairs: dict[int, tuple[str, torch.nn.Parameter]] = {}
+        for stage in self._runner.stages:
+            names = [name for name, spec in stage.blueprint.state.items() if spec.requires_grad]
+            for name, tensor in zip(names, stage.state_tensors(names), strict=True):
+                assert isinstance(tensor, torch.nn.Parameter)
+                pairs.setdefault(id(tensor), (name, tensor))
+        return list(pairs.values())
 
     def _add_gradients(self, batches: Sequence[torch.Tensor], round: int, step: int) -> BatchResult:
         """The gradient of the mean loss over all of these batches, complete."""
@@ -177,15 +159,15 @@ class LocalTrainer:
             targets = [self._dataset.target_batch(part) for part in parts]
         return MicroBatches(sizes, inputs, targets)
 
-    def _steps(self, round: int) -> Iterator[Sequence[torch.Tensor]]:
+    def _steps(self, work: LocalWork, round: int) -> Iterator[Sequence[torch.Tensor]]:
         """The batches of each optimizer step."""
-        batches = self._batches(round)
-        while step := list(itertools.islice(batches, self._work.accumulate_batches)):
+        batches = self._batches(work, round)
+        while step := list(itertools.islice(batches, work.accumulate_batches)):
             yield step
 
-    def _batches(self, round: int) -> Iterator[torch.Tensor]:
+    def _batches(self, work: LocalWork, round: int) -> Iterator[torch.Tensor]:
         """Indices of each batch's samples: a new permutation each pass."""
-        left = self._work.num_batches(self._num_samples)
+        left = work.num_batches(self._num_samples)
         epoch = 0
         while left > 0:
             seed = derive_seed(self._work.seed, "batches", self._client, round, epoch)

@@ -10,6 +10,7 @@ from fedmp.coordinator.guard import Limits
 from fedmp.coordinator.journal import Journal
 from fedmp.coordinator.members import Member
 from fedmp.coordinator.remote import RemoteClients
+from fedmp.coordinator.roster import Roster, Standing
 from fedmp.coordinator.rounds import RoundSettings, run_rounds
 from fedmp.coordinator.server import Tls, check_address
 from fedmp.coordinator.service import CoordinatorService
@@ -27,7 +28,9 @@ __all__ = [
     "Member",
     "Opening",
     "RemoteClients",
+    "Roster",
     "RoundSettings",
+    "Standing",
     "Tls",
     "Trained",
     "check_address",

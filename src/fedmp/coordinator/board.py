@@ -63,6 +63,7 @@ class Board:
         self._changed = threading.Condition()
         self._instruction = Instruction(kind="wait", reason="the first round has not begun")
         self._roll = Roll()
+        self._states: dict[str, str] = {}
         self._addresses: dict[str, Address] = {}
         self._failure: FailureReport | None = None
         self._failed_s = 0.0
@@ -84,6 +85,7 @@ class Board:
         late: Mapping[str, int] | None = None,
         spare: Sequence[str] = (),
         wanted: int | None = None,
+        states: Mapping[str, str] | None = None,
     ) -> None:
         """Let the cohort begin.
 
@@ -94,8 +96,10 @@ class Board:
             late: clients that go on with an earlier round: which.
             spare: clients that begin one by one, in this order, as others are done.
             wanted: whole clients that are enough; None for all.
+            states: names what each client kept, from which it starts.
         """
         with self._changed:
+            self._states = dict(states or {})
             self._roll.open(round, cohort, reported or {}, late=late or {}, spare=spare, wanted=wanted)
             self._progress = {name: report for name, report in self._progress.items() if name in (late or {})}
             self._attempts.open_round(late or {})
@@ -192,10 +196,10 @@ class Board:
                     missing.setdefault(member.client, []).extend(member.stages)
             return {client: sorted(missing[client]) for client in sorted(missing)}
 
-    def pushed_by(self, client: str) -> list[tuple[str, ...]]:
-        """The tensors that each device of a client pushes, in order of rank."""
+    def pushed_by(self, client: str, round: int) -> list[tuple[str, ...]]:
+        """The tensors that each device of a client pushes in a round, in order of rank."""
         members = [member for member in self.members.values() if member.client == client and member.stages]
-        return [member.pushed for member in sorted(members, key=lambda member: member.rank)]
+        return [member.pushed_in(round) for member in sorted(members, key=lambda member: member.rank)]
 
     def progress(self) -> dict[str, ProgressReport]:
         """The newest progress of each client in the open round."""
@@ -351,7 +355,8 @@ class Board:
             if kind != "train" or begun is None:
                 return self._instruction
             generation, attempt = self._attempts.tell(member)
-            return Instruction(kind="train", round=begun, generation=generation, attempt=attempt)
+            state = self._states.get(member.client, "")
+            return Instruction(kind="train", round=begun, generation=generation, attempt=attempt, state=state)
 
     def window(self, round: int, client: str) -> Literal["open", "over", "not yet", "never", "not in cohort"]:
         """Whether a round takes a client's requests.

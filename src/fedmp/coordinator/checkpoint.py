@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedmp.coordinator.roster import Roster, Standing
 from fedmp.errors import ResumeError
 from fedmp.records import RoundRecord
 
@@ -31,6 +32,8 @@ class Checkpoint:
         optimizer_tensors, optimizer_values: state of the server optimizer.
         optimizer: its name; empty for plain averaging.
         record: the round's row, so that it survives with the round; None before the first.
+        slots: state of the strategy's rule, by name.
+        roster: what is remembered of the clients.
     """
 
     round: int
@@ -40,6 +43,8 @@ class Checkpoint:
     optimizer_values: Mapping[str, Any]
     optimizer: str = ""
     record: RoundRecord | None = None
+    slots: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    roster: Roster = field(default_factory=dict)
 
 
 class CheckpointStore:
@@ -60,20 +65,23 @@ class CheckpointStore:
         part = self._folder / f".round-{checkpoint.round:05d}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in checkpoint.state.items()},
-            part / "model.safetensors",
-        )
-        save_file(
-            {name: tensor.contiguous() for name, tensor in checkpoint.optimizer_tensors.items()},
-            part / "optimizer.safetensors",
-        )
+        files = {
+            "model": checkpoint.state,
+            "optimizer": checkpoint.optimizer_tensors,
+            "slots": checkpoint.slots,
+        }
+        if not checkpoint.slots:
+            del files["slots"]
+        for name, tensors in files.items():
+            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, part / f"{name}.safetensors")
         manifest = {
             "round": checkpoint.round,
             "fingerprint": checkpoint.fingerprint,
             "optimizer_values": dict(checkpoint.optimizer_values),
             "optimizer": checkpoint.optimizer,
             "record": checkpoint.record.model_dump() if checkpoint.record else None,
+            "roster": {client: standing.model_dump() for client, standing in checkpoint.roster.items()},
             "tensors": {name: list(tensor.shape) for name, tensor in checkpoint.state.items()},
         }
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -105,6 +113,11 @@ class CheckpointStore:
                 optimizer_values=manifest["optimizer_values"],
                 optimizer=manifest["optimizer"],
                 record=manifest["record"] and RoundRecord.model_validate(manifest["record"]),
+                slots=load_file(slots) if (slots := path / "slots.safetensors").exists() else {},
+                roster={
+                    client: Standing.model_validate(standing)
+                    for client, standing in manifest["roster"].items()
+                },
             )
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ResumeError(f"checkpoint {path} cannot be read: {error}") from error

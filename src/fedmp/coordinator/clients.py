@@ -14,13 +14,16 @@ import torch
 
 from fedmp.aggregate import gives_views
 from fedmp.records import DeviceReport
-from fedmp.strategy import Closing
+from fedmp.strategy import Closing, Contribution
 
 __all__ = ["ClientUpdate", "Clients", "Opening", "Trained"]
 
 
+_SMALLEST_RATE = 1e-30  # of a client whose rate is 0
+
+
 @dataclass(frozen=True, eq=False)
-class ClientUpdate(Mapping[str, torch.Tensor]):
+class ClientUpdate(Contribution):
     """One client's whole update: difference to the global model that it started from, by canonical name.
 
     Attributes:
@@ -44,6 +47,34 @@ class ClientUpdate(Mapping[str, torch.Tensor]):
     def gives_views(self) -> bool:
         """Whether its tensors are in memory or mapped files, so that aggregators may hold many at once."""
         return gives_views(self.tensors)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that the client has."""
+        return max(report.num_samples for report in self.reports)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps that the client made."""
+        return max(report.num_steps for report in self.reports)
+
+    @property
+    def rate_sum(self) -> float:
+        """The sum of the coefficients of its gradients; a device that trains nothing reports none."""
+        return max(_SMALLEST_RATE, *(report.rate_sum for report in self.reports))
+
+    @property
+    def start_loss(self) -> float | None:
+        """Mean loss of the round's starting model on its data; None where that was not asked for."""
+        weight = sum(report.evaluation_weight for report in self.reports)
+        return sum(report.evaluation_loss_sum for report in self.reports) / weight if weight else None
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the starting model, or else over its local training; None if it told neither."""
+        weight = sum(report.weight for report in self.reports)
+        trained = sum(report.loss_sum for report in self.reports) / weight if weight else None
+        return trained if self.start_loss is None else self.start_loss
 
     def discounted(self, factor: float) -> ClientUpdate:
         """The same update, its floating-point tensors multiplied by a factor when they are asked for."""
@@ -69,6 +100,7 @@ class Opening:
         closing: when it closes.
         late: clients that go on with an earlier round: which.
         spare: clients that begin one by one, in this order, as others are done.
+        states: names what each client kept of its last update that counted; it starts from that.
     """
 
     round: int
@@ -76,11 +108,16 @@ class Opening:
     closing: Closing
     late: Mapping[str, int] = field(default_factory=dict)
     spare: tuple[str, ...] = ()
+    states: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_clients(self) -> int:
         """All who may take part."""
         return len(self.cohort) + len(self.late) + len(self.spare)
+
+    def begun(self, client: str) -> int:
+        """The round from whose model a client trains."""
+        return self.late.get(client, self.round)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +170,10 @@ class Clients(Protocol):
             RoundError: fewer than the minimum will finish it, or did in time.
             FedmpError: a client cannot go on, and nothing can be done about it.
         """
+        ...
+
+    def unreachable(self) -> frozenset[str]:
+        """Clients that could not take part now; they may still be asked to."""
         ...
 
     def committed(self, round: int) -> None:

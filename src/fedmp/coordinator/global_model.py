@@ -3,18 +3,21 @@
 The aggregated update of a round is a difference to the global model. Its negative is the
 pseudo-gradient (Reddi et al., 2021, Adaptive Federated Optimization, algorithm 1), which any
 `torch.optim.Optimizer` may follow; plain SGD with learning rate 1 is federated averaging. Buffers take
-the averaged update as it is.
+the averaged update as it is. A strategy may have a rule of its own to make one update of many, with state
+for each parameter, of which it may hand some out to the clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedmp.errors import ResumeError
 from fedmp.graph import StateSpec
+from fedmp.strategy import Combine, Contribution, ServerRule, Slots, received_name
 from fedmp.updates import apply_update
 
 __all__ = ["GlobalModel", "OptimizerFactory"]
@@ -29,6 +32,12 @@ class GlobalModel:
         specs: of every tensor, by canonical name.
         state: the tensors; taken over, not copied.
         optimizer: makes the server optimizer of a list of parameters; None for federated averaging.
+        rule: makes one update of the clients'; None leaves it to the aggregator.
+        received: slots of the rule that clients are handed with the parameters.
+        own: names of tensors that stay at the clients.
+
+    Raises:
+        ValueError: clients are to be handed what the rule does not keep.
     """
 
     def __init__(
@@ -36,6 +45,10 @@ class GlobalModel:
         specs: Mapping[str, StateSpec],
         state: Mapping[str, torch.Tensor],
         optimizer: OptimizerFactory | None = None,
+        *,
+        rule: ServerRule | None = None,
+        received: Sequence[str] = (),
+        own: Collection[str] = (),
     ) -> None:
         self.specs = specs
         self.state = {name: tensor.detach() for name, tensor in state.items()}
@@ -47,6 +60,57 @@ class GlobalModel:
         self._optimizer = (
             optimizer(list(self._parameters.values())) if optimizer and self._parameters else None
         )
+
+        self._rule = rule
+        self._received = tuple(received)
+        self._shared = frozenset(self._parameters) - frozenset(own)
+        slots = rule.slots if rule else ()
+        if not set(self._received) <= set(slots):
+            raise ValueError(
+                f"clients are to receive the slots {self._received}, but the server keeps {slots}"
+            )
+        self._slots: Slots = {
+            slot: {name: torch.zeros_like(self.state[name]) for name in sorted(self._shared)}
+            for slot in slots
+        }
+
+    @property
+    def handed_out(self) -> dict[str, torch.Tensor]:
+        """What clients may pull: the model's tensors, and slots of the server's under names of their own."""
+        slots = {
+            received_name(slot, name): tensor
+            for slot in self._received
+            for name, tensor in self._slots[slot].items()
+        }
+        return {**self.state, **slots}
+
+    def step(
+        self,
+        updates: Sequence[Contribution],
+        weights: Sequence[float],
+        *,
+        combine: Combine,
+        num_clients: int,
+    ) -> None:
+        """Make one server step with the clients' updates.
+
+        Args:
+            updates, weights: of the clients that finished, in client order.
+            combine: the job's aggregator.
+            num_clients: of the whole job.
+        """
+        if self._rule is None:
+            self.apply(combine(updates, weights))
+            return
+        update, self._slots = self._rule.step(
+            updates,
+            weights,
+            combine=combine,
+            parameters=self._shared,
+            slots=self._slots,
+            num_clients=num_clients,
+        )
+        self.apply(update)
 
     def apply(self, update: Mapping[str, torch.Tensor]) -> None:
         """Make one server step with an aggregated update, which may lack tensors (buffers kept local)."""
@@ -64,6 +128,32 @@ class GlobalModel:
 
     def _move(self, name: str, change: torch.Tensor) -> None:
         self.state[name].copy_(apply_update({name: self.state[name]}, {name: change})[name])
+
+    @property
+    def slots(self) -> dict[str, torch.Tensor]:
+        """The rule's state, by the names under which clients would receive it."""
+        return {
+            received_name(slot, name): tensor
+            for slot, tensors in self._slots.items()
+            for name, tensor in tensors.items()
+        }
+
+    def load_slots(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `slots` returned.
+
+        Raises:
+            ResumeError: it is another rule's.
+        """
+        if tensors.keys() != self.slots.keys():
+            kept = sorted({name.split("/", 1)[0] for name in tensors}) or "none"
+            raise ResumeError(
+                f"the checkpoint has state of the slots {kept}, the strategy keeps {sorted(self._slots) or 'none'}; "
+                f"resume with the config that the run began with"
+            )
+        self._slots = {
+            slot: {name: tensors[received_name(slot, name)] for name in own}
+            for slot, own in self._slots.items()
+        }
 
     @property
     def optimizer_name(self) -> str:

@@ -319,7 +319,7 @@ def _check_report(report: DeviceReport) -> None:
             reason="malformed",
         )
     sums = (
-        *(report.loss_sum, report.weight, report.num_correct, report.train_s),
+        *(report.loss_sum, report.weight, report.num_correct, report.train_s, report.rate_sum),
         *(report.evaluation_loss_sum, report.evaluation_weight, report.evaluation_correct),
         *(time_s for row in report.timeline for time_s in row[4:]),
     )

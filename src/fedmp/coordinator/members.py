@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from fedmp.strategy import Scope
 
 __all__ = ["BoardStatus", "Member"]
 
@@ -16,11 +18,12 @@ class Member:
         client, device: names in the topology.
         rank: its number among the client's devices.
         stages: of the client's plan, that it runs; none if the plan leaves it out.
-        pulled: tensors that it pulls each round.
-        pushed: tensors that it must push.
+        pulled: all tensors that it may pull, with the server's slots.
+        pushed: all tensors that it may have to push.
         stage_key: equal for devices that pull the same tensors.
         max_update_bytes: longest body that it may push.
         plan: digest of the client's plan; empty where devices need not know it.
+        scope: which of these travel in which round.
     """
 
     client: str
@@ -32,6 +35,15 @@ class Member:
     stage_key: str
     max_update_bytes: int
     plan: str = ""
+    scope: Scope = field(default_factory=Scope)
+
+    def pulled_in(self, round: int, *, whole: bool) -> tuple[str, ...]:
+        """The tensors that it pulls in a round; all of them if it has no values of its own."""
+        return self.scope.pulled(self.pulled, round, whole=whole)
+
+    def pushed_in(self, round: int) -> tuple[str, ...]:
+        """The tensors that it must push in a round."""
+        return self.scope.pushed(self.pushed, round)
 
 
 @dataclass(frozen=True)

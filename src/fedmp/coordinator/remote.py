@@ -23,6 +23,7 @@ from fedmp.records import Note, Observer, Progress
 __all__ = ["RemoteClients"]
 
 _WATCH_S = 0.05
+_SILENCE_S = 30.0  # six heartbeats
 
 
 class RemoteClients:
@@ -82,7 +83,7 @@ class RemoteClients:
         closed = self._close(opening) if decided is None else self._close_again(opening, decided)
         self._late = closed.late
         someone_goes_on = opening.round in closed.late.values()
-        journal.seal(self._model.state if someone_goes_on else None)
+        journal.seal(self._model.handed_out if someone_goes_on else None)
         return Trained(
             updates=[self._update(client, num_devices) for client, num_devices in closed.counted.items()],
             late=closed.late,
@@ -94,6 +95,12 @@ class RemoteClients:
             simulated_s=max(self._predicted_s[client] for client in closed.counted),
         )
 
+    def unreachable(self) -> frozenset[str]:
+        """Clients of which no device was heard for a while, although it was heard before."""
+        board = self._board
+        silent = {member.client: board.silent_s(member.client) for member in board.members.values()}
+        return frozenset(client for client, s in silent.items() if s is not None and s > _SILENCE_S)
+
     def committed(self, round: int) -> None:
         """Delete the updates that the round took, and what nobody goes on with."""
         self._journal.close(self._late)
@@ -101,7 +108,8 @@ class RemoteClients:
     def _close(self, opening: Opening) -> _Closed:
         """Wait until the round may close, and write down how it does."""
         board, everyone = self._board, (*opening.cohort, *opening.late, *opening.spare)
-        found = self._journal.found({client: board.pushed_by(client) for client in everyone})
+        pushed = {client: board.pushed_by(client, opening.begun(client)) for client in everyone}
+        found = self._journal.found(pushed)
         board.open_round(
             opening.round,
             opening.cohort,
@@ -109,12 +117,17 @@ class RemoteClients:
             late=opening.late,
             spare=opening.spare,
             wanted=opening.closing.wanted,
+            states=opening.states,
         )
         counted = self._wait(opening)
         took_part, given_up = board.training(), board.given_up()
         late = board.close_round(counted, oldest=opening.closing.oldest(opening.round))
+
+        def pushed_now(client: str) -> list[tuple[str, ...]]:  # it may have been cut anew since
+            return board.pushed_by(client, opening.begun(client))
+
         closed = _Closed(
-            counted={client: len(board.pushed_by(client)) for client in self._in_client_order(counted)},
+            counted={client: len(pushed_now(client)) for client in self._in_client_order(counted)},
             late={client: late[client] for client in self._in_client_order(late)},
             sat_out={
                 client: given_up.get(client, "late")
@@ -128,8 +141,9 @@ class RemoteClients:
     def _close_again(self, opening: Opening, decided: Mapping[str, object]) -> _Closed:
         """Close the round as an earlier process of the coordinator did, which was killed before the commit."""
         closed = _Closed.model_validate(decided)
-        found = self._journal.found({client: self._board.pushed_by(client) for client in closed.late})
-        self._board.open_round(opening.round, (), found, late=closed.late)
+        pushed = {client: self._board.pushed_by(client, begun) for client, begun in closed.late.items()}
+        found = self._journal.found(pushed)
+        self._board.open_round(opening.round, (), found, late=closed.late, states=opening.states)
         self._board.close_round(oldest=0)
         return closed
 

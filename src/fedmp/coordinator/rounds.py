@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from fedmp.aggregate import Aggregator
 from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
 from fedmp.coordinator.clients import Clients, ClientUpdate, Opening, Trained
 from fedmp.coordinator.global_model import GlobalModel
+from fedmp.coordinator.roster import Roster, after_round, facts_of
 from fedmp.records import DeviceReport, Observer, RoundFinished, RoundRecord, RoundStarted
 from fedmp.seeds import derive_seed
 from fedmp.strategy import Strategy
@@ -33,6 +34,8 @@ class RoundSettings:
         seed: the job's.
         fingerprint: of the model's graph, for the checkpoints.
         late: clients that go on, in the first round, with an earlier one: which.
+        num_samples: that each client has; 0 while that is not known.
+        roster: what is remembered of the clients from before the first round.
     """
 
     clients: Sequence[str]
@@ -43,6 +46,8 @@ class RoundSettings:
     seed: int
     fingerprint: str
     late: Mapping[str, int] = field(default_factory=dict)
+    num_samples: Mapping[str, int] = field(default_factory=dict)
+    roster: Roster = field(default_factory=dict)
 
 
 def run_rounds(
@@ -77,19 +82,24 @@ def run_rounds(
         FedmpError: a client cannot go on.
     """
     records = []
-    late = settings.late
+    late, roster = settings.late, settings.roster
     for round in range(settings.first_round, settings.last_round + 1):
         started_s = time.monotonic()
-        opening = _open(settings, strategy, round, late)
+        opening = _open(settings, strategy, round, late, roster, clients.unreachable())
         observe(_started(settings, opening))
 
         trained = clients.train(opening)
         updates = [update.discounted(_discount(opening, update)) for update in trained.updates]
-        weights = [float(update.num_examples) for update in updates]
-        model.apply(aggregator.combine(updates, weights))
+        model.step(
+            updates,
+            strategy.weights(updates),
+            combine=aggregator.combine,
+            num_clients=len(settings.clients),
+        )
+        roster = after_round(roster, updates)
 
         record = _record(round, trained, evaluate(), started_s)
-        _commit(checkpoints, settings.fingerprint, model, record)
+        _commit(checkpoints, settings.fingerprint, model, record, roster)
         clients.committed(round)
         on_reports(round, {update.client: update.reports for update in trained.updates})
         observe(RoundFinished(record))
@@ -98,18 +108,29 @@ def run_rounds(
     return records
 
 
-def _open(settings: RoundSettings, strategy: Strategy, round: int, late: Mapping[str, int]) -> Opening:
+def _open(
+    settings: RoundSettings,
+    strategy: Strategy,
+    round: int,
+    late: Mapping[str, int],
+    roster: Roster,
+    unreachable: Collection[str],
+) -> Opening:
     """Let so many clients begin that, with those who are late, as many train as the strategy wants."""
     closing = strategy.closing(len(settings.clients))
     free = [client for client in settings.clients if client not in late]
     size = min(closing.num_training - len(late), len(free))
-    cohort = strategy.cohort(free, round=round, seed=settings.seed, size=size) if size > 0 else ()
+    facts = facts_of(free, roster, num_samples=settings.num_samples, unreachable=unreachable)
+    cohort = (
+        strategy.cohort(free, round=round, seed=settings.seed, size=size, facts=facts) if size > 0 else ()
+    )
     spare = [client for client in free if client not in cohort] if closing.refills else []
     order = torch.randperm(
         len(spare), generator=torch.Generator().manual_seed(derive_seed(settings.seed, "spare", round))
     )
     closing = closing.among(len(cohort) + len(late) + len(spare))
-    return Opening(round, cohort, closing, late, tuple(spare[index] for index in order.tolist()))
+    states = {client: standing.state for client, standing in roster.items()}
+    return Opening(round, cohort, closing, late, tuple(spare[index] for index in order.tolist()), states)
 
 
 def _started(settings: RoundSettings, opening: Opening) -> RoundStarted:
@@ -149,8 +170,20 @@ def _record(round: int, trained: Trained, evaluation: Evaluation, started_s: flo
     )
 
 
-def _commit(checkpoints: CheckpointStore, fingerprint: str, model: GlobalModel, record: RoundRecord) -> None:
+def _commit(
+    checkpoints: CheckpointStore, fingerprint: str, model: GlobalModel, record: RoundRecord, roster: Roster
+) -> None:
     tensors, values = model.optimizer_state()
     checkpoints.save(
-        Checkpoint(record.round, fingerprint, model.state, tensors, values, model.optimizer_name, record)
+        Checkpoint(
+            round=record.round,
+            fingerprint=fingerprint,
+            state=model.state,
+            optimizer_tensors=tensors,
+            optimizer_values=values,
+            optimizer=model.optimizer_name,
+            record=record,
+            slots=model.slots,
+            roster=roster,
+        )
     )

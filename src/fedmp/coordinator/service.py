@@ -207,16 +207,16 @@ class CoordinatorService:
             finally:
                 self._waiting.discard(news)
 
-    async def pull(self, request: Request, round: int) -> FileResponse:
+    async def pull(self, request: Request, round: int, whole: bool = False) -> FileResponse:
         """The round's global stages of the asking device; takes up again where a `range` header says."""
         member = self._member(request)
         self._check_round(round, member)
         async with self._writing:
             path = await run_in_threadpool(
                 self._journal.global_stage,
-                member.pulled,
-                self._model.state,
-                member.stage_key,
+                member.pulled_in(round, whole=whole),
+                self._model.handed_out,
+                f"{member.stage_key}-whole" if whole else member.stage_key,
                 client=member.client,
             )
         self._board.sent(path.stat().st_size)
@@ -260,7 +260,7 @@ class CoordinatorService:
                 part,
                 member.client,
                 member.rank,
-                member.pushed,
+                member.pushed_in(round),
                 generation=address.generation if address else "",
             )
         if not self._board.reported(member, round, num_bytes, report.generation):

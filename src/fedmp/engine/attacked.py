@@ -53,6 +53,10 @@ class AttackedClients:
         ]
         return replace(trained, updates=updates)
 
+    def unreachable(self) -> frozenset[str]:
+        """As the clients themselves say."""
+        return self._clients.unreachable()
+
     def committed(self, round: int) -> None:
         """Passed on."""
         self._clients.committed(round)

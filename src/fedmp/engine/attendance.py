@@ -90,7 +90,7 @@ class Attendance:
         board, journal: of the coordinator.
         book: where plans are written down.
         patience: how long devices are waited for.
-        round_samples, predicted_s: of the round loop, by client; kept true.
+        num_samples, round_samples, predicted_s: of the round loop, by client; kept true.
         observe: told what happens.
     """
 
@@ -102,6 +102,7 @@ class Attendance:
         *,
         book: PlanBook,
         patience: Patience,
+        num_samples: dict[str, int],
         round_samples: dict[str, int],
         predicted_s: dict[str, float],
         observe: Observer,
@@ -111,6 +112,7 @@ class Attendance:
         self._journal = journal
         self._book = book
         self._patience = patience
+        self._num_samples = num_samples
         self._round_samples = round_samples
         self._predicted_s = predicted_s
         self._observe = observe
@@ -260,6 +262,7 @@ class Attendance:
         if num_samples is not None:
             client.counted = True
             client.setup = client.setup.with_samples(num_samples)
+            self._num_samples[client.name] = num_samples
             self._round_samples[client.name] = client.setup.round_samples
             self._predicted_s[client.name] = client.setup.predicted_s
 

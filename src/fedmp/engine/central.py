@@ -94,7 +94,7 @@ def _samples(prepared: Prepared, settings: Centralized) -> int:
     job = prepared.job
     names = list(prepared.clients)
     return sum(
-        prepared.clients[name].round_samples
+        prepared.clients[name].examples_in(round)
         for round in range(1, job.rounds + 1)
         for name in job.strategy.cohort(names, round=round, seed=job.seed)
     )

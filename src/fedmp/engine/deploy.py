@@ -194,7 +194,8 @@ class DeployEngine(Component):
     def _attendance(
         self, session: Session, board: Board, journal: Journal, settings: RoundSettings
     ) -> Attendance:
-        samples, predicted = settings.round_samples, settings.predicted_s
+        held, samples, predicted = settings.num_samples, settings.round_samples, settings.predicted_s
+        assert isinstance(held, dict)
         assert isinstance(samples, dict)
         assert isinstance(predicted, dict)
         return Attendance(
@@ -203,6 +204,7 @@ class DeployEngine(Component):
             journal,
             book=PlanBook(session.journal_folder / "plans.json"),
             patience=Patience(self.wait_s, self.absence_s, self.stranded_s),
+            num_samples=held,
             round_samples=samples,
             predicted_s=predicted,
             observe=session.observe,
@@ -223,6 +225,9 @@ class _Attending:
     def train(self, opening: Opening) -> Trained:
         self.attendance.begin_round(num_spare=opening.num_clients - opening.closing.minimum)
         return self.remote.train(opening)
+
+    def unreachable(self) -> frozenset[str]:
+        return self.remote.unreachable()
 
     def committed(self, round: int) -> None:
         self.remote.committed(round)

@@ -55,6 +55,7 @@ class DeviceSettings(BaseModel):
         num_threads: for torch on the CPU; 0 leaves torch's default.
         transfer_timeout_s: deadline of one transfer between the client's devices.
         patience_s: how long a coordinator may be away.
+        state_folder: where this device keeps what strategies need from round to round, if they need any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +68,7 @@ class DeviceSettings(BaseModel):
     num_threads: int = Field(default=0, ge=0)
     transfer_timeout_s: float = Field(default=300.0, gt=0)
     patience_s: float = Field(default=3600.0, ge=0)
+    state_folder: Path = Path("state")
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,9 @@ def _prepare(
         dataset=dataset,
         num_samples=num_samples,
         task=job.task,
-        work=local_work(job, plan),
+        work=local_work(job, plan, job.strategy.scope(known.graph.state)),
         options=job.pipeline.options(),
-        keep_statistics_local=job.strategy.keep_statistics_local,
+        state_folder=settings.state_folder / offer.job,
         record_timeline=offer.record_timeline,
         host=settings.host,
         backend=settings.backend,

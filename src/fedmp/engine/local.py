@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import time
 from functools import partial
+from pathlib import Path
 
 from pydantic import Field
 
@@ -90,7 +91,7 @@ class LocalEngine(Component):
                 prepared,
                 board,
                 journal,
-                make_spec=partial(self._spec, service.url, prepared),
+                make_spec=partial(self._spec, service.url, prepared, session.state_folder),
                 restarts=self.restarts if self.heal else None,
                 silence_timeout_s=self.silence_timeout_s,
             )
@@ -114,7 +115,13 @@ class LocalEngine(Component):
         return Outcome(records, startup_s, timelines.by_client)
 
     def _spec(
-        self, url: str, prepared: Prepared, setup: ClientSetup, member: Member, token: str
+        self,
+        url: str,
+        prepared: Prepared,
+        state_folder: Path,
+        setup: ClientSetup,
+        member: Member,
+        token: str,
     ) -> DeviceSpec:
         blueprints = tuple(setup.blueprints[stage] for stage in member.stages)
         name = f"{member.client}/{member.device}"
@@ -131,7 +138,7 @@ class LocalEngine(Component):
             task=prepared.job.task,
             work=setup.work,
             options=prepared.job.pipeline.options(),
-            keep_statistics_local=prepared.job.strategy.keep_statistics_local,
+            state_folder=state_folder,
             record_timeline=prepared.job.trace or member.client == next(iter(prepared.clients)),
             host=self.host,
             backend=self.backend,

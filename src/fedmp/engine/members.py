@@ -32,20 +32,19 @@ def _member(
     prepared: Prepared, setup: ClientSetup, rank: int, device: str, stages: tuple[int, ...]
 ) -> Member:
     blueprints = [setup.blueprints[stage] for stage in stages]
-    pulled = tuple(dict.fromkeys(name for blueprint in blueprints for name in blueprint.state))
-    with_buffers = not prepared.job.strategy.keep_statistics_local
+    names = tuple(dict.fromkeys(name for blueprint in blueprints for name in blueprint.state))
+    pulled = (*names, *setup.received(blueprints))
     return Member(
         client=setup.name,
         device=device,
         rank=rank,
         stages=stages,
         pulled=pulled,
-        pushed=tuple(
-            name for blueprint in blueprints for name in setup.pushed(blueprint, with_buffers=with_buffers)
-        ),
+        pushed=tuple(name for blueprint in blueprints for name in setup.shared(blueprint)),
         stage_key=hashlib.sha256("\n".join(pulled).encode()).hexdigest()[:16],
         max_update_bytes=sum(map(_max_bytes, blueprints)) + (4 << 20),
         plan=setup.plan.digest,
+        scope=setup.work.scope,
     )
 
 

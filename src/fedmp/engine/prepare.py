@@ -8,7 +8,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from fedmp.records import ClientData, Plan
 from fedmp.schedule import PlacedSchedule, Schedule, placed_schedule_by_name, schedule_by_name
 from fedmp.seeds import derive_seed
 from fedmp.stages import StageBlueprint, draw_blueprints
+from fedmp.strategy import Scope, received_name
 from fedmp.topology import Client, Device
 from fedmp.updates import trained_names
 
@@ -76,9 +77,26 @@ class ClientSetup:
         assert self.dataset is not None
         return self.dataset
 
-    def pushed(self, blueprint: StageBlueprint, *, with_buffers: bool) -> tuple[str, ...]:
-        """The tensors that a stage's update holds."""
-        return _pushed(blueprint, with_buffers)
+    def shared(self, blueprint: StageBlueprint) -> tuple[str, ...]:
+        """The trained tensors of a stage that its updates hold, all in each round or some in turn."""
+        return _shared(self.work, blueprint)
+
+    def received(self, blueprints: Sequence[StageBlueprint]) -> tuple[str, ...]:
+        """Names of the server's slots that come with the stages."""
+        return _received(self.work, blueprints)
+
+    def bytes_in(self, round: int, *, whole: bool) -> tuple[int, int]:
+        """Bytes of tensors that its stages pull and push in a round.
+
+        Args:
+            round: its number.
+            whole: the client has no values of its own yet.
+        """
+        return _bytes_in(self.work, self.blueprints, round, whole=whole)
+
+    def examples_in(self, round: int) -> int:
+        """Samples that it processes in one round."""
+        return self.work.of_round(self.name, round).num_examples(len(self.own_samples))
 
     def with_samples(self, num_samples: int) -> ClientSetup:
         """The same client, now that it is known how many samples it has."""
@@ -106,6 +124,7 @@ class Prepared:
         clients: by name, in the topology's order.
         table: who holds what; empty where that is not known.
         sample_shape, sample_dtype: of one model input.
+        scope: what of the model travels.
     """
 
     job: Job
@@ -116,6 +135,7 @@ class Prepared:
     table: tuple[ClientData, ...]
     sample_shape: tuple[int, ...]
     sample_dtype: torch.dtype
+    scope: Scope = field(default_factory=Scope)
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -189,16 +209,20 @@ def cut_by(prepared: Prepared, setup: ClientSetup, plan: Plan, devices: Sequence
         client=setup.client.model_copy(update={"devices": tuple(devices)}),
         plan=plan,
         blueprints=blueprints,
-        moved=_moved(prepared.job, plan, blueprints),
-        work=local_work(prepared.job, plan),
+        moved=_moved(setup.work, plan, blueprints),
+        work=local_work(prepared.job, plan, setup.work.scope),
         round_samples=0,
         predicted_s=0.0,
     )
     return anew if setup.dataset is None else anew.with_samples(len(setup.dataset))
 
 
-def local_work(job: Job, plan: Plan) -> LocalWork:
+def local_work(job: Job, plan: Plan, scope: Scope) -> LocalWork:
     """What a client does in a round, by its plan's schedule.
+
+    Args:
+        job, plan: of the client.
+        scope: what of the model travels.
 
     Raises:
         PlanError: the plan's placement is not its schedule's.
@@ -211,11 +235,15 @@ def local_work(job: Job, plan: Plan) -> LocalWork:
         local_epochs=job.strategy.local_epochs,
         local_steps=job.strategy.local_steps,
         seed=job.seed,
-        evaluate_first=job.federated_evaluation,
+        evaluate_first=job.federated_evaluation or job.strategy.needs_losses,
         learning_rate=job.learning_rate,
         num_rounds=job.rounds,
         max_gradient_norm=job.max_gradient_norm,
         accumulate_batches=job.accumulate_batches,
+        rule=job.strategy.local_rule,
+        keeps_optimizer=job.strategy.keeps_optimizer,
+        effort=job.strategy.effort,
+        scope=scope,
     )
 
 
@@ -252,18 +280,18 @@ def _plan_clients(job: Job, data: TrainTest) -> Prepared:
     model = build_model(job)
     example = _example(data.train, job.batch_size)
     graph = trace_model(job, model, example)
-    plans: dict[str, tuple[Plan, list[StageBlueprint], tuple[DeviceWork, ...]]] = {}
+    scope = job.strategy.scope(graph.state)
+    plans: dict[str, tuple[Plan, list[StageBlueprint], LocalWork, tuple[DeviceWork, ...]]] = {}
     clients = {}
     for client in job.topology.clients:
         key = hashlib.sha256(f"{client.devices}{client.links}".encode()).hexdigest()
         if key not in plans:
             plan = _plan(job, graph, model, client)
             blueprints = draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
-            plans[key] = plan, blueprints, _moved(job, plan, blueprints)
-        plan, blueprints, moved = plans[key]
-        clients[client.name] = ClientSetup(
-            client, plan, blueprints, moved, local_work(job, plan), None, 0, 0.0
-        )
+            work = local_work(job, plan, scope)
+            plans[key] = plan, blueprints, work, _moved(work, plan, blueprints)
+        plan, blueprints, work, moved = plans[key]
+        clients[client.name] = ClientSetup(client, plan, blueprints, moved, work, None, 0, 0.0)
     return Prepared(
         job=job,
         model=model,
@@ -273,6 +301,7 @@ def _plan_clients(job: Job, data: TrainTest) -> Prepared:
         table=(),
         sample_shape=tuple(example.shape[1:]),
         sample_dtype=example.dtype,
+        scope=scope,
     )
 
 
@@ -334,19 +363,41 @@ def _schedule(job: Job, plan: Plan) -> Schedule | PlacedSchedule:
     return schedule
 
 
-def _pushed(blueprint: StageBlueprint, with_buffers: bool) -> tuple[str, ...]:
-    owned = set(blueprint.owned)
-    names = trained_names(blueprint.state.values(), with_buffers=with_buffers)
-    return tuple(name for name in names if name in owned)
+def _shared(work: LocalWork, blueprint: StageBlueprint) -> tuple[str, ...]:
+    names = trained_names([blueprint.state[name] for name in blueprint.owned])
+    return tuple(name for name in names if name not in work.scope.own)
 
 
-def _moved(job: Job, plan: Plan, blueprints: Sequence[StageBlueprint]) -> tuple[DeviceWork, ...]:
-    """Bytes of tensors that each device pulls and pushes in a round."""
-    with_buffers = not job.strategy.keep_statistics_local
+def _received(work: LocalWork, blueprints: Sequence[StageBlueprint]) -> tuple[str, ...]:
+    slots = work.rule.received if work.rule else ()
+    names = {
+        name: None
+        for blueprint in blueprints
+        for name, spec in blueprint.state.items()
+        if spec.kind == "parameter" and spec.requires_grad and name not in work.scope.own
+    }
+    return tuple(received_name(slot, name) for slot in slots for name in names)
+
+
+def _bytes_in(
+    work: LocalWork, blueprints: Sequence[StageBlueprint], round: int, *, whole: bool
+) -> tuple[int, int]:
+    down = up = 0
+    for blueprint in blueprints:
+        sizes = {name: spec.num_bytes for name, spec in blueprint.state.items()}
+        down += sum(sizes[name] for name in work.scope.pulled(sizes, round, whole=whole))
+        down += sum(sizes[name.partition("/")[2]] for name in _received(work, [blueprint]))
+        up += sum(sizes[name] for name in work.scope.pushed(_shared(work, blueprint), round))
+    return down, up
+
+
+def _moved(work: LocalWork, plan: Plan, blueprints: Sequence[StageBlueprint]) -> tuple[DeviceWork, ...]:
+    """Bytes of tensors that each device pulls and pushes in a round; a mean where rounds differ."""
+    cycle = max(1, len(work.scope.fragments))
     moved = []
     for device, stages in zip(plan.devices, plan.placement, strict=True):
         own = [blueprints[stage] for stage in stages]
-        down = sum(spec.num_bytes for blueprint in own for spec in blueprint.state.values())
-        up = sum(blueprint.state[n].num_bytes for blueprint in own for n in _pushed(blueprint, with_buffers))
+        rounds = [_bytes_in(work, own, round, whole=False) for round in range(2, 2 + cycle)]
+        down, up = (sum(of_round) / cycle for of_round in zip(*rounds, strict=True))
         moved.append(DeviceWork(device, down, up))
     return tuple(moved)

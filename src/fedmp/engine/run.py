@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedmp.coordinator import Checkpoint, CheckpointStore, GlobalModel
+from fedmp.coordinator import Checkpoint, CheckpointStore, GlobalModel, Roster
 from fedmp.engine.central import CentralizedResult, train_centrally
 from fedmp.engine.job import Engine, Job, Result
 from fedmp.engine.local import LocalEngine
@@ -86,12 +86,16 @@ def _run(
     model = GlobalModel(
         prepared.graph.state,
         {name: tensor.detach().clone() for name, tensor in initial},
-        job.server_optimizer,
+        job.server_optimizer or job.strategy.server_optimizer,
+        rule=job.strategy.server_rule,
+        received=job.strategy.local_rule.received if job.strategy.local_rule else (),
+        own=prepared.scope.own,
     )
     checkpoints = CheckpointStore(directory.path / "checkpoints")
     before: tuple[RoundRecord, ...] = ()
+    roster: Roster = {}
     if resume:
-        before = _resume(directory, checkpoints, prepared, model)
+        before, roster = _resume(directory, checkpoints, prepared, model)
     else:
         _begin(directory, checkpoints, prepared, model, config)
     first_round = before[-1].round + 1 if before else 1
@@ -120,12 +124,14 @@ def _run(
             model=model,
             checkpoints=checkpoints,
             journal_folder=directory.path / "journal",
+            state_folder=directory.path / "state",
             first_round=first_round,
             started_s=started_s,
             simulated_s=sum(record.simulated_s for record in before),
             observe=tell,
             config=config,
             late=before[-1].late if before else {},
+            roster=roster,
         )
     )
     records = (*before, *outcome.records)
@@ -149,12 +155,12 @@ def _begin(
     config: Mapping[str, Any],
 ) -> None:
     """Write down what there is before the first round."""
-    for leftover in ("journal", "checkpoints"):  # of a run that failed in its first round
+    for leftover in ("journal", "checkpoints", "state"):  # of a run that failed in its first round
         shutil.rmtree(directory.path / leftover, ignore_errors=True)
     directory.truncate_events(0)
     directory.write_config(config)
     directory.write_plans(prepared.plans)
-    checkpoints.save(Checkpoint(0, prepared.graph.fingerprint, model.state, {}, {}))
+    checkpoints.save(Checkpoint(0, prepared.graph.fingerprint, model.state, {}, {}, slots=model.slots))
 
 
 def _compare(prepared: Prepared, observe: Observer) -> CentralizedResult | None:
@@ -210,8 +216,8 @@ def _resume(
     checkpoints: CheckpointStore,
     prepared: Prepared,
     model: GlobalModel,
-) -> tuple[RoundRecord, ...]:
-    """Load the last committed round into the global model; returns the rounds so far."""
+) -> tuple[tuple[RoundRecord, ...], Roster]:
+    """Load the last committed round into the global model; returns the rounds so far, and who is known."""
     checkpoint = checkpoints.latest()
     if checkpoint.fingerprint != prepared.graph.fingerprint:
         raise ResumeError(
@@ -234,13 +240,14 @@ def _resume(
     for name, tensor in checkpoint.state.items():
         model.state[name].copy_(tensor)
     model.load_optimizer_state(checkpoint.optimizer_tensors, checkpoint.optimizer_values)
+    model.load_slots(checkpoint.slots)
     directory.truncate_metrics(checkpoint.round)
     directory.truncate_events(checkpoint.round)
     rows = directory.read_metrics()
     if checkpoint.record is not None and (not rows or rows[-1].round < checkpoint.round):
         directory.append_metrics(checkpoint.record)  # the run ended between the commit and its row
         rows = (*rows, checkpoint.record)
-    return rows
+    return rows, checkpoint.roster
 
 
 def _summary(

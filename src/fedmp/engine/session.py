@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fedmp.coordinator import CheckpointStore, Clients, GlobalModel, RoundSettings, run_rounds
+from fedmp.coordinator import CheckpointStore, Clients, GlobalModel, Roster, RoundSettings, run_rounds
 from fedmp.engine.attacked import AttackedClients
 from fedmp.engine.prepare import Prepared
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
@@ -31,8 +31,10 @@ class Session:
         model: the global model, as the last committed round left it.
         checkpoints: where rounds are committed.
         journal_folder: for the coordinator's journal.
+        state_folder: for what simulated clients, or devices of this machine, keep from round to round.
         first_round: the round to begin with.
         late: clients that go on with an earlier round, as the run before left them.
+        roster: what the coordinator remembers of the clients.
         started_s: `time.monotonic()` when the run began.
         simulated_s: seconds on the clock of the simulation, of the rounds before the first.
         observe: told of everything.
@@ -43,12 +45,14 @@ class Session:
     model: GlobalModel
     checkpoints: CheckpointStore
     journal_folder: Path
+    state_folder: Path
     first_round: int
     started_s: float = field(default_factory=time.monotonic)
     simulated_s: float = 0.0
     observe: Observer = lambda event: None
     config: Mapping[str, Any] = field(default_factory=dict)
     late: Mapping[str, int] = field(default_factory=dict)
+    roster: Roster = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ def round_settings(session: Session) -> RoundSettings:
         seed=prepared.job.seed,
         fingerprint=prepared.graph.fingerprint,
         late=session.late,
+        num_samples={name: len(setup.dataset) if setup.dataset else 0 for name, setup in clients.items()},
+        roster=session.roster,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from fedmp.client import LocalTrainer
+from fedmp.client import LocalRound, StateStore
 from fedmp.component import Component
 from fedmp.coordinator import ClientUpdate, Opening, Trained
 from fedmp.engine.arrivals import Arrivals, predict_arrivals
@@ -20,10 +20,9 @@ from fedmp.engine.prepare import ClientSetup, Prepared, prepare
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
 from fedmp.errors import ConfigError
 from fedmp.pipeline import BatchResult, StageRunner
-from fedmp.records import DeviceReport, Progress
+from fedmp.records import Progress, state_key
 from fedmp.schedule import OneFOneB
 from fedmp.stages import Stage
-from fedmp.updates import difference
 
 __all__ = ["CohortTrainer", "OneByOne", "SimulateEngine", "SimulatedClients"]
 
@@ -65,12 +64,15 @@ class SimulateEngine(Component):
 class CohortTrainer(Protocol):
     """A way to train clients in this process."""
 
-    def train(self, cohort: Sequence[ClientSetup], *, round: int) -> Sequence[ClientUpdate]:
+    def train(
+        self, cohort: Sequence[ClientSetup], *, round: int, states: Mapping[str, str]
+    ) -> Sequence[ClientUpdate]:
         """Train from the present global model, which stays as it is.
 
         Args:
             cohort: who trains.
             round: seeds the order of the batches.
+            states: names what each client kept, from which it starts.
 
         Returns:
             The clients' updates, in the order of the cohort; each may still be read after later calls.
@@ -125,7 +127,10 @@ class SimulatedClients:
         took_part = {*arrivals.counted, *arrivals.left_s}
         begun = [setup for name, setup in clients.items() if name in took_part and name not in opening.late]
         needed = [setup for setup in begun if setup.name not in lost]
-        made = {update.client: update for update in self._trainer.train(needed, round=round)}
+        made = {
+            update.client: update
+            for update in self._trainer.train(needed, round=round, states=opening.states)
+        }
         updates = {**{client: held.update for client, held in self._held.items()}, **made}
         self._held = {client: Held(updates[client], left_s) for client, left_s in late.items()}
         self._store.save(round, self._held)
@@ -134,10 +139,14 @@ class SimulatedClients:
             updates=[updates[setup.name] for setup in counted],
             late={client: updates[client].round for client in late},
             sat_out=lost,
-            bytes_up=sum(_traffic(setup, self._prepared)[0] for setup in counted),
-            bytes_down=sum(_traffic(setup, self._prepared)[1] for setup in begun),
+            bytes_up=sum(s.bytes_in(updates[s.name].round, whole=False)[1] for s in counted),
+            bytes_down=sum(s.bytes_in(round, whole=not opening.states.get(s.name))[0] for s in begun),
             simulated_s=arrivals.duration_s,
         )
+
+    def unreachable(self) -> frozenset[str]:
+        """Nobody."""
+        return frozenset()
 
     def committed(self, round: int) -> None:
         """Delete late updates that have arrived."""
@@ -172,75 +181,47 @@ class OneByOne:
             session.prepared.job.pipeline.options(), compress_activations="none", compress_gradients="none"
         )
         self._runner = StageRunner(self._stage, session.prepared.job.task, options=options)
-        self._names = next(iter(self._prepared.clients.values())).pushed(
-            self._stage.blueprint, with_buffers=not self._prepared.job.strategy.keep_statistics_local
-        )
-        self._own_buffers: dict[str, dict[str, torch.Tensor]] = {}
+        self._store = StateStore(session.state_folder, is_durable=False)
 
-    def train(self, cohort: Sequence[ClientSetup], *, round: int) -> list[ClientUpdate]:
+    def train(
+        self, cohort: Sequence[ClientSetup], *, round: int, states: Mapping[str, str]
+    ) -> list[ClientUpdate]:
         """Train each client of the cohort in turn.
 
         Raises:
             TrainingError: a client's loss is not finite.
         """
-        return [self._train(setup, round) for setup in cohort]
+        handed_out = self._session.model.handed_out
+        return [self._train(setup, round, handed_out, states.get(setup.name, "")) for setup in cohort]
 
-    def _train(self, setup: ClientSetup, round: int) -> ClientUpdate:
+    def _train(
+        self, setup: ClientSetup, round: int, handed_out: Mapping[str, torch.Tensor], base: str
+    ) -> ClientUpdate:
         # one stage takes any schedule of one stage a device; gradients are the same under all
         work = replace(setup.work, schedule=OneFOneB(warmup="short"))
-        before = self._session.model.state
-        self._stage.load_state({**before, **self._own_buffers.get(setup.name, {})})
-        trainer = LocalTrainer(
+        local = LocalRound(
             self._runner,
             work,
             client=setup.name,
             dataset=setup.own_samples,
             num_samples=len(setup.own_samples),
         )
-        evaluation = trainer.evaluate(round=round) if work.evaluate_first else BatchResult()
+        state = local.usable(self._store.load(setup.name, base), key=base, round=round)
+        names = work.scope.pulled(handed_out, round, whole=local.needs_whole(state))
+        num_samples = setup.examples_in(round)
 
         def tell(step: int, samples_done: int, sums: BatchResult) -> None:
             loss = sums.loss_sum / max(sums.weight, 1e-12)
-            self._session.observe(Progress(round, setup.name, samples_done, setup.round_samples, loss))
+            self._session.observe(Progress(round, setup.name, samples_done, num_samples, loss))
 
-        result = trainer.train(round=round, on_step=tell)
-        after = dict(zip(self._names, self._stage.state_tensors(self._names), strict=True))
-        self._keep_buffers(setup)
-        report = DeviceReport(
-            num_examples=setup.round_samples,
-            loss_sum=result.loss_sum,
-            weight=result.weight,
-            num_correct=result.num_correct,
-            evaluation_loss_sum=evaluation.loss_sum,
-            evaluation_weight=evaluation.weight,
-            evaluation_correct=evaluation.num_correct,
-            pipeline_bytes=_pipeline_bytes(setup),
-        )
-        change = difference({name: tensor.detach() for name, tensor in after.items()}, before)
-        return ClientUpdate(setup.name, round, change, (report,))
-
-    def _keep_buffers(self, setup: ClientSetup) -> None:
-        """Statistics that stay at the client, where the strategy wants that."""
-        if self._prepared.job.strategy.keep_statistics_local:
-            kept = [n for n, spec in self._stage.blueprint.state.items() if spec.kind == "buffer"]
-            tensors = self._stage.state_tensors(kept)
-            self._own_buffers[setup.name] = {n: t.clone() for n, t in zip(kept, tensors, strict=True)}
+        result = local.run({name: handed_out[name] for name in names}, state, round=round, on_step=tell)
+        self._store.save(setup.name, state_key(round), "all", result.state, base=base)
+        report = result.report.model_copy(update={"pipeline_bytes": _pipeline_bytes(setup, num_samples)})
+        return ClientUpdate(setup.name, round, result.update, (report,))
 
 
-def _traffic(setup: ClientSetup, prepared: Prepared) -> tuple[int, int]:
-    """Bytes of tensors that the client's stages would push and pull in a round."""
-    with_buffers = not prepared.job.strategy.keep_statistics_local
-    up = sum(
-        blueprint.state[name].num_bytes
-        for blueprint in setup.blueprints
-        for name in setup.pushed(blueprint, with_buffers=with_buffers)
-    )
-    down = sum(spec.num_bytes for blueprint in setup.blueprints for spec in blueprint.state.values())
-    return up, down
-
-
-def _pipeline_bytes(setup: ClientSetup) -> int:
-    """Bytes of boundary tensors, there and back, for the samples of a round."""
+def _pipeline_bytes(setup: ClientSetup, num_samples: int) -> int:
+    """Bytes of boundary tensors, there and back, for so many samples."""
     size = setup.plan.microbatch_size
     per_sample = sum(stage.boundary_bytes for stage in setup.plan.stages) / size
-    return int(2 * per_sample * setup.round_samples)
+    return int(2 * per_sample * num_samples)

@@ -28,6 +28,8 @@ from fedmp.records.messages import (
     ProgressReport,
     Ready,
     Receipt,
+    round_of_key,
+    state_key,
 )
 from fedmp.records.plan import Plan, StagePlan
 from fedmp.records.profile import LayerProfile, Profile
@@ -61,5 +63,7 @@ __all__ = [
     "StagePlan",
     "Summary",
     "TimedAction",
+    "round_of_key",
     "rounds_of",
+    "state_key",
 ]

@@ -21,7 +21,24 @@ __all__ = [
     "Ready",
     "Receipt",
     "TimedActionRow",
+    "round_of_key",
+    "state_key",
 ]
+
+
+def state_key(round: int, generation: str = "") -> str:
+    """Names the state that a client's update left with it.
+
+    Args:
+        round: that the update started from.
+        generation: of the pipeline that made it; empty for a client of one process.
+    """
+    return f"{round:05d}-{generation}" if generation else f"{round:05d}"
+
+
+def round_of_key(key: str) -> int:
+    """The round of a state; 0 for no state."""
+    return int(key.split("-", 1)[0]) if key else 0
 
 
 class _Message(BaseModel):
@@ -39,6 +56,7 @@ class Instruction(_Message):
         generation: of the client's pipeline in which to train it; a device that has met its peers in an
             earlier one meets them anew.
         attempt: which attempt of the client at this round.
+        state: names what the client kept of an earlier round, from which it starts; empty for nothing.
         reason: why to wait or stop, for people.
         plan: digest of the plan in which to join; a device that holds another one asks for the job again.
     """
@@ -47,6 +65,7 @@ class Instruction(_Message):
     round: int = 0
     generation: int = Field(default=0, ge=0)
     attempt: int = Field(default=1, ge=1)
+    state: str = Field(default="", max_length=64, pattern=r"^[0-9A-Za-z-]*$")
     reason: str = ""
     plan: str = ""
 
@@ -138,6 +157,9 @@ class DeviceReport(_Message):
 
     Attributes:
         num_examples: samples that the stage processed in local training.
+        num_samples: samples that the client has.
+        num_steps: optimizer steps of the round.
+        rate_sum: the sum of the coefficients with which the steps' gradients went into the update.
         loss_sum, weight, num_correct: over local training.
         evaluation_loss_sum, evaluation_weight, evaluation_correct: of the round's starting model on
             the client's own data, where asked for.
@@ -148,6 +170,9 @@ class DeviceReport(_Message):
     """
 
     num_examples: int = Field(ge=0)
+    num_samples: int = Field(default=0, ge=0)
+    num_steps: int = Field(default=0, ge=0)
+    rate_sum: float = Field(default=0.0, ge=0)
     loss_sum: float = 0.0
     weight: float = 0.0
     num_correct: float = 0.0
@@ -157,7 +182,7 @@ class DeviceReport(_Message):
     pipeline_bytes: int = 0
     train_s: float = 0.0
     timeline: tuple[TimedActionRow, ...] = ()
-    generation: str = Field(default="", max_length=64)
+    generation: str = Field(default="", max_length=48, pattern=r"^[0-9A-Za-z-]*$")
 
 
 class ProgressReport(_Message):
