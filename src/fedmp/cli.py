@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ usage:
   fedmp simulate [OVERRIDES]     train in one process: short for `fedmp run engine=simulate`
   fedmp plan     [OVERRIDES]     show how the model would be cut over each client's devices
                  --json          ... as JSON
+  fedmp curves   [OVERRIDES]     how the result of experiment=paper depends on its assumptions; no training
   fedmp compare RUN_DIR...       runs side by side, as a table and a picture; --out DIR
   fedmp presets                  devices and links that a topology may name, with their sources
   fedmp coordinator [OVERRIDES]  serve the job to devices on other machines; again: go on where it ended
@@ -90,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": _run,
         "simulate": _simulate,
         "plan": _plan,
+        "curves": _curves,
         "compare": _compare,
         "presets": _presets,
         "coordinator": _coordinator,
@@ -271,6 +274,8 @@ def _terminate(*_: object) -> None:
 
 def _run_config(config: RunConfig) -> Path:
     """Run a job; returns its run directory."""
+    if config.paper is not None:
+        return _run_paper(config)
     from fedmp.report import LogView, configure_logs, make_view
 
     if config.logs:
@@ -284,6 +289,54 @@ def _run_config(config: RunConfig) -> Path:
             config=config.model_dump(mode="json"),
         )
     return result.run_dir
+
+
+def _run_paper(config: RunConfig) -> Path:
+    """Compare with centralized training; returns the federation's run directory."""
+    from rich.console import Console
+
+    from fedmp.paper import paper_table, run_paper
+    from fedmp.paper.curves import curves_tables
+    from fedmp.paper.table import verdict
+    from fedmp.report import make_view
+
+    assert config.paper is not None
+    folder = config.run_dir or Path(f"runs/paper_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    result = run_paper(
+        config.job(),
+        config.paper,
+        folder,
+        make_view=partial(make_view, quiet=config.quiet),
+        config=config.model_dump(mode="json"),
+    )
+    console = Console()
+    console.print(curves_tables(result.points), paper_table(result.rows), verdict(result.rows))
+    for path in result.files:
+        print(f"written: {path}")
+    return folder / "federated"
+
+
+def _curves(arguments: list[str]) -> None:
+    if not any(argument.startswith("experiment=") for argument in arguments):
+        arguments = ["experiment=paper", *arguments]
+    _compose(arguments, _show_curves)
+
+
+def _show_curves(config: RunConfig) -> None:
+    from rich.console import Console
+
+    from fedmp.errors import ConfigError
+    from fedmp.paper.curves import curves_tables
+    from fedmp.paper.study import run_curves
+
+    if config.paper is None:
+        raise ConfigError(
+            "`fedmp curves` varies what `paper` assumes, which is null here; use experiment=paper"
+        )
+    result = run_curves(config.job(), config.paper, config.run_dir or Path("runs/curves"))
+    Console().print(curves_tables(result.points))
+    for path in result.files:
+        print(f"written: {path}")
 
 
 def _show_plan(config: RunConfig, as_json: bool) -> None:

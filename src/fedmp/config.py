@@ -21,6 +21,7 @@ from fedmp.engine import Centralized, Engine, Job
 from fedmp.engine.device import DeviceSettings
 from fedmp.errors import ConfigError, FedmpError
 from fedmp.graph import CutRules
+from fedmp.paper import PaperSettings
 from fedmp.partition.api import Costs
 from fedmp.pipeline import PipelineSettings
 from fedmp.records import Fault
@@ -92,6 +93,7 @@ class RunConfig(BaseModel):
     resume: Path | None = None
     trace: bool = False
     faults: tuple[Fault, ...] = ()
+    paper: PaperSettings | None = None
     quiet: bool = False
 
     def job(self) -> Job:

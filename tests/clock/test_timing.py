@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedmp.clock import Clock, Hours, slowed_step_s
+from fedmp.clock import Clock, Hours, Loss, slowed_step_s
 from fedmp.records import ClockEvent
 from fedmp.topology import Link
 from tests.clock.samples import LINE, arrivals, plan, times, work
@@ -157,6 +157,25 @@ def test_a_client_that_left_may_go_on_the_next_night() -> None:
     night = Clock(availability=Hours(start_h=22, stop_h=6, run_starts_h=20), restart_s=0.0)
     (timing,) = times(work(), clock=night, start_s=10 * 3600.0 - 13.0)
     assert timing.arrival_s == pytest.approx(13.0 + 16 * 3600.0 + 14.0)
+
+
+def test_a_client_that_loses_a_device_begins_anew_without_it() -> None:
+    clock = Clock(losses=(Loss(device="c0/d1", round=1),), notice_s=5.0)
+    then = work(step_s=20.0)
+    (timing,) = times(replace(work(down=(100.0, 100.0), up=(1.0, 1.0)), loses="d1", then=then), clock=clock)
+    lost = next(event for event in timing.events if event.what == "lost")
+    assert lost.device == "d1"
+    assert 2.0 < lost.time_s < 12.0
+    assert timing.arrival_s == pytest.approx(lost.time_s + 5.0 + 2.0 + 20.0 + 2.0)
+    assert timing.attempts == 2
+
+
+def test_a_client_that_cannot_go_on_without_a_device_is_over_when_it_is_lost() -> None:
+    clock = Clock(losses=(Loss(device="c0/d0", round=1),))
+    (timing,) = times(replace(work(), loses="d0"), clock=clock)
+    assert math.isinf(timing.arrival_s)
+    assert timing.reason == "lost d0, and no plan fits the others"
+    assert 2.0 < timing.over_s < 12.0
 
 
 def test_a_line_is_slower_by_its_factor_in_bandwidth_and_latency() -> None:

@@ -5,7 +5,7 @@ values: nothing here looks at this machine's clock or moves a model."""
 from __future__ import annotations
 
 from fedmp.clock.availability import Always, Availability, Hours, Trace, Window
-from fedmp.clock.conditions import Clock
+from fedmp.clock.conditions import Clock, Loss
 from fedmp.clock.sharing import SharedLink, fair_rates
 from fedmp.clock.steps import slowed_step_s
 from fedmp.clock.timing import ClientTiming, ClientWork, DeviceWork, ideal_round_s, time_clients
@@ -18,6 +18,7 @@ __all__ = [
     "Clock",
     "DeviceWork",
     "Hours",
+    "Loss",
     "SharedLink",
     "Trace",
     "Window",

@@ -11,7 +11,19 @@ from fedmp.clock.availability import Always, Availability
 from fedmp.component import Component
 from fedmp.seeds import derive_seed
 
-__all__ = ["Clock", "Draw"]
+__all__ = ["Clock", "Draw", "Loss"]
+
+
+class Loss(Component):
+    """A device that is lost for good; its client goes on with a plan for the others, if there is one.
+
+    Args:
+        device: "client/device", by the names of the topology.
+        round: in which it happens, at a moment of the training that is drawn uniformly.
+    """
+
+    device: str = Field(pattern=r"^[^/]+/.+$")
+    round: int = Field(ge=1)
 
 
 class Draw(NamedTuple):
@@ -48,6 +60,8 @@ class Clock(Component):
             uniformly.
         restart_s: after so many seconds a client that dropped out begins the round anew; None lets it sit out.
         attempts: of a client at one round.
+        losses: devices that are lost for good.
+        notice_s: seconds until a client has noticed that a device is lost, and begins the round anew without it.
         availability: when clients can take part at all; one that is away when the round begins comes when it is
             back, if the round is still open.
         log: write `events.jsonl` and draw it.
@@ -61,6 +75,8 @@ class Clock(Component):
     dropout_probability: float = Field(default=0.0, ge=0, le=1)
     restart_s: float | None = Field(default=None, ge=0)
     attempts: int = Field(default=8, ge=1)
+    losses: tuple[Loss, ...] = ()
+    notice_s: float = Field(default=10.0, ge=0)
     availability: Availability = Field(default_factory=Always)
     log: bool = True
 
@@ -73,9 +89,8 @@ class Clock(Component):
             round: which.
             seed: the job's.
         """
-        if not (
-            self.compute_sigma or self.link_sigma or self.straggler_probability or self.dropout_probability
-        ):
+        knobs = (self.compute_sigma, self.link_sigma, self.straggler_probability, self.dropout_probability)
+        if not any(knobs) and not self.losses:
             return Draw((1.0,) * num_devices, 1.0, (False,) * self.attempts, (0.0,) * self.attempts)
         generator = np.random.default_rng(derive_seed(seed, "clock", round, client))
         # drawn in one order, whatever is on, so that knobs do not disturb each other

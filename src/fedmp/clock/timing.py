@@ -40,6 +40,8 @@ class ClientWork:
         plan: which tells how long a step takes.
         num_batches: steps through the pipeline.
         devices: in order of rank.
+        loses: the device that it loses for good while it trains; empty for none.
+        then: what it does instead, without that device; None if it cannot go on.
     """
 
     client: str
@@ -47,6 +49,8 @@ class ClientWork:
     plan: Plan
     num_batches: int
     devices: tuple[DeviceWork, ...]
+    loses: str = ""
+    then: ClientWork | None = None
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,12 @@ class _Client:
         self.missing -= 1
         if self.missing:
             return
-        train_s = self.work.num_batches * slowed_step_s(self.work.plan, self.draw.slowness)
+        slowness = self.draw.slowness[: len(self.work.devices)]
+        train_s = self.work.num_batches * slowed_step_s(self.work.plan, slowness)
         trained_s = time_s + train_s
+        if self.work.loses:
+            self._lose(time_s + self.draw.when[self.attempt - 1] * train_s, number, down)
+            return
         # without others on the link, of whom nothing is known yet
         least_s = trained_s + max(self._link.transfer_s(device.up_bytes) for device in self.work.devices)
         lost_s, what = math.inf, "lost"
@@ -182,6 +190,15 @@ class _Client:
         if may_retry:
             self.reason = ""
             self.begin(max(lost_s, time_s) + (self.clock.restart_s or 0.0), number, down)
+
+    def _lose(self, time_s: float, number: int, down: SharedLink[tuple[int, int]]) -> None:
+        """A device is gone for good; the others begin anew, if they can."""
+        self._note(time_s, self.work.loses, "lost")
+        if self.work.then is None:
+            self.over_s, self.reason = time_s, f"lost {self.work.loses}, and no plan fits the others"
+            return
+        self.work = self.work.then
+        self.begin(time_s + self.clock.notice_s, number, down)
 
     def pushed(self, rank: int, time_s: float) -> None:
         """A device's update is at the coordinator; the last one completes the client's."""

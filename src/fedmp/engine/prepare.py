@@ -39,6 +39,7 @@ __all__ = [
     "plan_anew",
     "prepare",
     "prepare_without_clients_data",
+    "set_up_client",
     "trace_model",
 ]
 
@@ -217,6 +218,18 @@ def cut_by(prepared: Prepared, setup: ClientSetup, plan: Plan, devices: Sequence
     return anew if setup.dataset is None else anew.with_samples(len(setup.dataset))
 
 
+def set_up_client(job: Job, graph: LayerGraph, model: nn.Module, client: Client) -> ClientSetup:
+    """Plan a client whose data are not known yet.
+
+    Raises:
+        PlanError: no plan fits its devices.
+    """
+    plan = _plan(job, graph, model, client)
+    blueprints = draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
+    work = local_work(job, plan, job.strategy.scope(graph.state))
+    return ClientSetup(client, plan, blueprints, _moved(work, plan, blueprints), work, None, 0, 0.0)
+
+
 def local_work(job: Job, plan: Plan, scope: Scope) -> LocalWork:
     """What a client does in a round, by its plan's schedule.
 
@@ -280,18 +293,13 @@ def _plan_clients(job: Job, data: TrainTest) -> Prepared:
     model = build_model(job)
     example = _example(data.train, job.batch_size)
     graph = trace_model(job, model, example)
-    scope = job.strategy.scope(graph.state)
-    plans: dict[str, tuple[Plan, list[StageBlueprint], LocalWork, tuple[DeviceWork, ...]]] = {}
+    alike: dict[str, ClientSetup] = {}
     clients = {}
     for client in job.topology.clients:
         key = hashlib.sha256(f"{client.devices}{client.links}".encode()).hexdigest()
-        if key not in plans:
-            plan = _plan(job, graph, model, client)
-            blueprints = draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
-            work = local_work(job, plan, scope)
-            plans[key] = plan, blueprints, work, _moved(work, plan, blueprints)
-        plan, blueprints, work, moved = plans[key]
-        clients[client.name] = ClientSetup(client, plan, blueprints, moved, work, None, 0, 0.0)
+        if key not in alike:
+            alike[key] = set_up_client(job, graph, model, client)
+        clients[client.name] = replace(alike[key], client=client)
     return Prepared(
         job=job,
         model=model,
@@ -301,7 +309,7 @@ def _plan_clients(job: Job, data: TrainTest) -> Prepared:
         table=(),
         sample_shape=tuple(example.shape[1:]),
         sample_dtype=example.dtype,
-        scope=scope,
+        scope=job.strategy.scope(graph.state),
     )
 
 

@@ -1,0 +1,184 @@
+"""The whole comparison: train the federation, train centrally, train with failures, predict times, write it down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedmp.engine import Job, Result
+from fedmp.engine.prepare import Prepared, prepare
+from fedmp.errors import ConfigError
+from fedmp.paper.curves import CurvePoint, compute_curves
+from fedmp.paper.pictures import draw_curves, draw_paper
+from fedmp.paper.settings import PaperSettings
+from fedmp.paper.table import PaperRow, make_rows
+from fedmp.paper.times import CenterTimes, SiteTimes, Workload, time_center, time_sites
+from fedmp.records import Observer, Summary
+from fedmp.report.files import write_atomically
+from fedmp.topology import Link
+
+__all__ = ["PaperResult", "run_curves", "run_paper"]
+
+ViewMaker = Callable[[], AbstractContextManager[Observer]]
+
+
+@dataclass(frozen=True)
+class PaperResult:
+    """What came out.
+
+    Attributes:
+        rows: the table.
+        points: the curves.
+        files: that were written.
+    """
+
+    rows: tuple[PaperRow, ...]
+    points: tuple[CurvePoint, ...]
+    files: tuple[Path, ...]
+
+
+def run_paper(
+    job: Job,
+    settings: PaperSettings,
+    folder: Path,
+    *,
+    make_view: ViewMaker,
+    config: Mapping[str, Any] | None = None,
+) -> PaperResult:
+    """Compare a federation with centralized training.
+
+    Args:
+        job: the federation, with `centralized` set.
+        settings: the centre, the failures, the variations.
+        folder: for the runs and the results.
+        make_view: makes an observer of each run.
+        config: written down with the results: every assumption.
+
+    Returns:
+        The table, the curves, and where they are.
+
+    Raises:
+        ConfigError: the job has no centralized training, or the folder holds results.
+        FedmpError: a run fails.
+    """
+    if job.centralized is None:
+        raise ConfigError(
+            "paper compares with centralized training; say how it is done: centralized={optimizer: ...}"
+        )
+    _check_losses(job, settings)
+    result = _run(job, folder / "federated", make_view, config)
+    failing = None
+    if settings.losses:
+        clock = job.clock.model_copy(update={"losses": settings.losses})
+        strategy = job.strategy.model_copy(update={"min_clients": settings.losses_min_clients})  # type: ignore[attr-defined]
+        weakened = replace(
+            job, centralized=None, clock=clock, strategy=strategy, title=f"{job.title}: failures"
+        )
+        failing = _run(weakened, folder / "failing", make_view, config)
+    workload, sites, center, sizes = _predict(job, settings)
+    rows = make_rows(
+        result.summary,
+        sites,
+        center,
+        failing.summary if failing else None,
+        num_center=center.plan.num_devices,
+        num_lost=len(settings.losses),
+    )
+    points = compute_curves(workload, settings, sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {
+        "rows": [asdict(row) for row in rows],
+        "sites": asdict(sites),
+        "center": _plain_center(center),
+        "federated": result.summary.model_dump(mode="json"),
+        "failing": failing.summary.model_dump(mode="json") if failing else None,
+        "assumptions": dict(config or {}),
+    }
+    files = [_write(folder / "paper.json", plain), folder / "paper.png"]
+    draw_paper(
+        rows, result.history, failing.history if failing else (), center, _accuracy(result.summary), files[-1]
+    )
+    return PaperResult(tuple(rows), tuple(points), (*files, *_write_curves(points, folder)))
+
+
+def run_curves(job: Job, settings: PaperSettings, folder: Path) -> PaperResult:
+    """The curves alone, without any training.
+
+    Args:
+        job: the federation.
+        settings: the centre and the variations.
+        folder: for the results.
+
+    Raises:
+        FedmpError: the job cannot be prepared.
+    """
+    workload, _, _, sizes = _predict(job, settings)
+    points = compute_curves(workload, settings, sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    return PaperResult((), tuple(points), _write_curves(points, folder))
+
+
+def _run(job: Job, folder: Path, make_view: ViewMaker, config: Mapping[str, Any] | None) -> Result:
+    with make_view() as view:
+        return job.run("simulate", run_dir=folder, observe=view, config=config)
+
+
+def _predict(job: Job, settings: PaperSettings) -> tuple[Workload, SiteTimes, CenterTimes, list[int]]:
+    prepared = prepare(job)
+    setups = list(prepared.clients.values())
+    sizes = [len(setup.own_samples) for setup in setups]
+    per_round = sum(setup.round_samples for setup in setups)
+    settings_of = job.centralized
+    workload = Workload(
+        job=job,
+        graph=prepared.graph,
+        model=prepared.model,
+        sample_bytes=_raw_bytes(prepared) / len(prepared.data.train),
+        epochs=job.rounds * per_round / sum(sizes),
+        center_batch=(settings_of.batch_size if settings_of else None) or job.batch_size,
+    )
+    by_uplink: dict[Link, list[int]] = {}
+    for setup, size in zip(setups, sizes, strict=True):
+        by_uplink.setdefault(setup.client.uplink, []).append(size)
+    sites = time_sites(setups, sizes, job.clock, seed=job.seed)
+    return workload, sites, time_center(workload, settings, by_uplink), sizes
+
+
+def _raw_bytes(prepared: Prepared) -> int:
+    """As the data set stores them."""
+    train = prepared.data.train
+    raw = [tensor for tensor in (train.inputs, train.targets) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in raw)
+
+
+def _check_losses(job: Job, settings: PaperSettings) -> None:
+    known = {f"{client.name}/{device.name}" for client in job.topology.clients for device in client.devices}
+    unknown = [loss.device for loss in settings.losses if loss.device not in known]
+    if unknown:
+        raise ConfigError(
+            f"paper.losses: no device is called {unknown[0]!r}; names are client/device, such as c0/d0"
+        )
+
+
+def _accuracy(summary: Summary) -> float | None:
+    return summary.centralized_accuracy
+
+
+def _plain_center(center: CenterTimes) -> dict[str, Any]:
+    plain = {key: value for key, value in vars(center).items() if key != "plan"}
+    return {**plain, "epoch_s": center.epoch_s, "plan": center.plan.model_dump(mode="json")}
+
+
+def _write_curves(points: Sequence[CurvePoint], folder: Path) -> tuple[Path, Path]:
+    rows = [{**asdict(point), "improvement": point.improvement} for point in points]
+    draw_curves(points, folder / "curves.png")
+    return _write(folder / "curves.json", rows), folder / "curves.png"
+
+
+def _write(path: Path, plain: Any) -> Path:
+    write_atomically(path, f"{json.dumps(plain, indent=2, ensure_ascii=False)}\n".encode())
+    return path
