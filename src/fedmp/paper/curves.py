@@ -81,17 +81,17 @@ def curves_tables(points: Sequence[CurvePoint]) -> Group:
 
 
 CURVE_TITLES = {
-    "uplink": "uplink of each site, Mbit/s",
+    "uplink": "uplink, Mbit/s",
     "sites": "sites",
-    "device_speed": "speed of all devices, times",
-    "center_speed": "speed of the centre's devices, times",
-    "data_size": "samples of each site, times",
+    "device_speed": "speed of all, times",
+    "center_speed": "speed of the centre, times",
+    "data_size": "samples, times",
 }
 
 
 def _percent(point: CurvePoint) -> str:
     if point.improvement < 0:
-        return f"centralized {point.fedmp_s / point.center_s:.1f} x faster"
+        return f"x {point.fedmp_s / point.center_s:.3g}, centralized wins"
     return f"-{100 * point.improvement:.0f} %"
 
 

@@ -33,9 +33,9 @@ class PaperSettings(Component):
     """Where the centralized side trains, and what fails.
 
     Args:
-        center: its devices and links; they form one pipeline by the same planner. Its uplink is the line by which
-            the sites' raw data come in, shared by all of them.
-        center_num_microbatches: of a batch of the centralized training.
+        center: its devices and links; they form a pipeline, or several in data parallel, whichever is fastest. Its
+            uplink is the line by which the sites' raw data come in, shared by all of them.
+        center_num_microbatches: of the batch of each of its pipelines.
         losses: devices that are lost for good in a second run of the federation.
         losses_min_clients: sites that a round of that run needs.
         vary: the variations.

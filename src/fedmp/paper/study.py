@@ -85,7 +85,7 @@ def run_paper(
         sites,
         center,
         failing.summary if failing else None,
-        num_center=center.plan.num_devices,
+        num_center=center.num_devices,
         num_lost=len(settings.losses),
     )
     points = compute_curves(workload, settings, sizes)
@@ -169,8 +169,7 @@ def _accuracy(summary: Summary) -> float | None:
 
 
 def _plain_center(center: CenterTimes) -> dict[str, Any]:
-    plain = {key: value for key, value in vars(center).items() if key != "plan"}
-    return {**plain, "epoch_s": center.epoch_s, "plan": center.plan.model_dump(mode="json")}
+    return {**asdict(center), "epoch_s": center.epoch_s}
 
 
 def _write_curves(points: Sequence[CurvePoint], folder: Path) -> tuple[Path, Path]:

@@ -71,7 +71,7 @@ def make_rows(
             (num_center, summary.devices),
         ),
         _less("moved between sites", center.raw_bytes, moved, format_bytes),
-        _less("moved inside a site", center.pipeline_bytes, float(summary.pipeline_bytes), format_bytes),
+        _less("moved inside a site", center.inside_bytes, float(summary.pipeline_bytes), format_bytes),
         PaperRow("raw samples that leave their owner", "all", "none", "privacy", (1.0, 0.0)),
     ]
     return rows + ([] if failing is None else _failure_rows(summary, sites, failing, num_lost))

@@ -12,6 +12,7 @@ from torch import nn
 from fedmp.clock import Clock, SharedLink, time_clients
 from fedmp.engine import Job
 from fedmp.engine.prepare import ClientSetup, set_up_client
+from fedmp.errors import PlanError
 from fedmp.graph import LayerGraph
 from fedmp.paper.settings import PaperSettings
 from fedmp.records import Plan
@@ -45,22 +46,24 @@ class CenterTimes:
     """The centralized side.
 
     Attributes:
-        plan: of its pipeline.
+        layout: how its devices share the work, in words.
+        num_devices: in use.
         train_s: of one epoch.
         ideal_s: of one epoch if its devices worked all the time and messages took none.
         move_s: of bringing the raw data in, once.
         epochs: over which that is spread.
         raw_bytes: that are brought in.
-        pipeline_bytes: between its devices, of all epochs.
+        inside_bytes: between its devices, of all epochs.
     """
 
-    plan: Plan
+    layout: str
+    num_devices: int
     train_s: float
     ideal_s: float
     move_s: float
     epochs: float
     raw_bytes: float
-    pipeline_bytes: float
+    inside_bytes: float
 
     @property
     def epoch_s(self) -> float:
@@ -82,7 +85,10 @@ class SiteTimes:
 
 
 def time_center(work: Workload, settings: PaperSettings, sizes: Mapping[Link, Sequence[int]]) -> CenterTimes:
-    """Predict the centralized side.
+    """Predict the centralized side, its devices used in the best way.
+
+    They may form one pipeline, or several that train parts of each batch and add up their gradients (data
+    parallelism), down to one device each: whichever is fastest.
 
     Args:
         work: what is trained.
@@ -92,31 +98,94 @@ def time_center(work: Workload, settings: PaperSettings, sizes: Mapping[Link, Se
     Raises:
         PlanError: no plan fits the centre.
     """
-    job = replace(work.job, batch_size=work.center_batch, num_microbatches=settings.center_num_microbatches)
-    setup = set_up_client(job, work.graph, work.model, settings.center)
     num_samples = sum(map(sum, sizes.values()))
-    steps = math.ceil(num_samples / work.center_batch)
-    plan = setup.plan
-    # a plan's stage times are by micro-batch and device; the speed of a device turns them into work
-    speed = {device.name: device.flops_per_s for device in settings.center.devices}
-    work_per_step = plan.num_microbatches * sum(
-        (stage.forward_s + stage.backward_s) * speed[stage.device] for stage in plan.stages
-    )
+    num_steps = math.ceil(num_samples / work.center_batch)
+    best = _best_layout(work, settings)
     ends: list[float] = []
     line: SharedLink[tuple[int, int]] = SharedLink(settings.center.uplink.bandwidth_bytes_per_s)
     for group, (uplink, own) in enumerate(sizes.items()):
         for number, size in enumerate(own):
             line.add((group, number), 0.0, size * work.sample_bytes, uplink)
     line.run(lambda _, time_s: ends.append(time_s))
-    boundary_bytes = 2 * plan.num_microbatches * sum(stage.boundary_bytes for stage in plan.stages)
     return CenterTimes(
-        plan=plan,
-        train_s=steps * plan.step_s,
-        ideal_s=steps * work_per_step / sum(speed.values()),
+        layout=best.words,
+        num_devices=best.num_devices,
+        train_s=num_steps * best.step_s,
+        ideal_s=num_steps * best.ideal_s,
         move_s=max(ends) + settings.center.uplink.latency_s,
         epochs=work.epochs,
         raw_bytes=num_samples * work.sample_bytes,
-        pipeline_bytes=work.epochs * steps * boundary_bytes,
+        inside_bytes=work.epochs * num_steps * best.step_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A way to use the centre's devices: `ideal_s` is a step's arithmetic at the speed of all of them."""
+
+    words: str
+    num_devices: int
+    step_s: float
+    ideal_s: float
+    step_bytes: float
+
+
+def _best_layout(work: Workload, settings: PaperSettings) -> _Layout:
+    devices = settings.center.devices
+    layouts, trouble = [], None
+    for replicas in range(1, min(len(devices), work.center_batch) + 1):
+        if len(devices) % replicas:
+            continue
+        try:
+            layouts.append(_layout(work, settings, replicas))
+        except PlanError as error:
+            trouble = error
+    if not layouts:
+        assert trouble is not None
+        raise trouble
+    return min(layouts, key=lambda layout: layout.step_s)
+
+
+def _layout(work: Workload, settings: PaperSettings, replicas: int) -> _Layout:
+    """So many pipelines over equal parts of the devices, in the order in which they are listed."""
+    center, share = settings.center, math.ceil(work.center_batch / replicas)
+    size = len(center.devices) // replicas
+    # a device alone has nobody to hand micro-batches to
+    num_microbatches = min(settings.center_num_microbatches, share) if size > 1 else 1
+    job = replace(work.job, batch_size=share, num_microbatches=num_microbatches)
+    plans: dict[tuple[float, ...], Plan] = {}
+    used: list[Plan] = []
+    for first in range(0, len(center.devices), size):
+        group = center.devices[first : first + size]
+        key = tuple(device.flops_per_s for device in group)
+        if key not in plans:
+            pipeline = changed(center, devices=group)
+            plans[key] = set_up_client(job, work.graph, work.model, pipeline).plan
+        used.append(plans[key])
+    gradient_bytes = max(stage.parameter_bytes for plan in used for stage in plan.stages)
+    # a ring of all replicas of a stage; stages' rings run side by side (Patarasuk and Yuan, 2009)
+    link = center.links.default
+    ring_s = 2 * (replicas - 1) * link.transfer_s(gradient_bytes / replicas)
+    crossed = sum(2 * plan.num_microbatches * stage.boundary_bytes for plan in used for stage in plan.stages)
+    added = 2 * (replicas - 1) * sum(stage.parameter_bytes for stage in used[0].stages)
+    speed = {device.name: device.flops_per_s for device in center.devices}
+    # a plan's stage times, by micro-batch and device, times the device's speed are its arithmetic
+    arithmetic = sum(
+        used[0].num_microbatches * (stage.forward_s + stage.backward_s) * speed[stage.device]
+        for stage in used[0].stages
+    )
+    stages = used[0].num_devices
+    words = (
+        f"{replicas} pipelines of {stages} devices" if replicas > 1 else f"one pipeline of {stages} devices"
+    )
+    if stages == 1:
+        words = f"{replicas} devices in data parallel" if replicas > 1 else "one device"
+    return _Layout(
+        words=words,
+        num_devices=sum(plan.num_devices for plan in used),
+        step_s=max(plan.step_s for plan in used) + ring_s,
+        ideal_s=replicas * arithmetic / sum(speed.values()),
+        step_bytes=crossed + added,
     )
 
 
