@@ -135,11 +135,14 @@ class Job:
         if self.attack is not None:
             self.attack.attackers([client.name for client in self.topology.clients], seed=self.seed)
         devices = {f"{client.name}/{d.name}" for client in self.topology.clients for d in client.devices}
-        for fault in self.faults:
-            if fault.device not in devices:
-                near = difflib.get_close_matches(fault.device, devices, 1)
+        named = [("faults", fault.device) for fault in self.faults]
+        named += [("clock.losses", loss.device) for loss in self.clock.losses]
+        for where, device in named:
+            if device not in devices:
+                near = difflib.get_close_matches(device, devices, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(devices)[:8])}"
-                raise ConfigError(f"faults: no device is called {fault.device!r}; {hint}")
+                raise ConfigError(f"{where}: no device is called {device!r}; {hint}")
+        for fault in self.faults:
             if fault.microbatch is not None and fault.microbatch >= self.num_microbatches:
                 raise ConfigError(
                     f"faults: micro-batch {fault.microbatch} of {fault.device} never comes; "

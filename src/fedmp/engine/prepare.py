@@ -107,9 +107,10 @@ class ClientSetup:
             predicted_s=ideal_round_s(self.round_work(num_samples)),
         )
 
-    def round_work(self, num_samples: int) -> ClientWork:
-        """What a round is to the clock, with so many samples."""
-        num_batches = self.work.num_batches(num_samples)
+    def round_work(self, num_samples: int, *, round: int | None = None) -> ClientWork:
+        """What a round is to the clock, with so many samples; None for one with all of the work."""
+        work = self.work if round is None else self.work.of_round(self.name, round)
+        num_batches = work.num_batches(num_samples)
         return ClientWork(self.name, self.client.uplink, self.plan, num_batches, self.moved)
 
 

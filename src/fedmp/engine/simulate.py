@@ -18,6 +18,7 @@ from fedmp.engine.held import Held, HeldUpdates
 from fedmp.engine.job import Job
 from fedmp.engine.prepare import ClientSetup, Prepared, prepare
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
+from fedmp.engine.simulated_time import SimulatedTime
 from fedmp.errors import ConfigError
 from fedmp.pipeline import BatchResult, StageRunner
 from fedmp.records import Progress, state_key
@@ -91,7 +92,8 @@ class SimulatedClients:
     Args:
         session: the job under way.
         trainer: trains a cohort.
-        finish_s: seconds in which a client that begins with a round finishes it; infinite if it never does.
+        finish_s: seconds in which a client that begins with a round finishes it; infinite if it never does; None
+            lets the job's clock tell.
 
     Raises:
         ResumeError: late updates of an earlier run cannot be read.
@@ -101,11 +103,12 @@ class SimulatedClients:
         self,
         session: Session,
         trainer: CohortTrainer,
-        finish_s: Callable[[ClientSetup, int], float] = lambda setup, round: setup.predicted_s,
+        finish_s: Callable[[ClientSetup, int], float] | None = None,
     ) -> None:
         self._prepared = session.prepared
         self._trainer = trainer
-        self._finish_s = finish_s
+        self._time = SimulatedTime(session)
+        self._finish_s = finish_s or self._time.finish_s
         self._store = HeldUpdates(session.journal_folder / "late")
         self._held: Mapping[str, Held] = self._store.load(session.first_round - 1, session.late)
 
@@ -117,6 +120,7 @@ class SimulatedClients:
             TrainingError: a client's loss is not finite.
         """
         clients, round = self._prepared.clients, opening.round
+        self._time.open(opening)
         arrivals = predict_arrivals(
             opening,
             order=tuple(clients),
@@ -124,6 +128,7 @@ class SimulatedClients:
             finish_s=lambda client: self._finish_s(clients[client], round),
         )
         late, lost = self._late(opening, arrivals)
+        faults, recoveries = self._time.close(arrivals)
         took_part = {*arrivals.counted, *arrivals.left_s}
         begun = [setup for name, setup in clients.items() if name in took_part and name not in opening.late]
         needed = [setup for setup in begun if setup.name not in lost]
@@ -141,6 +146,8 @@ class SimulatedClients:
             sat_out=lost,
             bytes_up=sum(s.bytes_in(updates[s.name].round, whole=False)[1] for s in counted),
             bytes_down=sum(s.bytes_in(round, whole=not opening.states.get(s.name))[0] for s in begun),
+            faults=faults,
+            recoveries=recoveries,
             simulated_s=arrivals.duration_s,
         )
 
@@ -160,7 +167,7 @@ class SimulatedClients:
             if client in arrivals.left_s:
                 left_s, begun = arrivals.left_s[client], opening.late.get(client, opening.round)
                 if oldest is None or begun < oldest or math.isinf(left_s):
-                    lost[client] = "late"
+                    lost[client] = self._time.reason(client)
                 else:
                     late[client] = left_s
         return late, lost

@@ -17,7 +17,7 @@ from fedmp.paper.pictures import draw_curves, draw_paper
 from fedmp.paper.settings import PaperSettings
 from fedmp.paper.table import PaperRow, make_rows
 from fedmp.paper.times import CenterTimes, SiteTimes, Workload, time_center, time_sites
-from fedmp.records import Observer, Summary
+from fedmp.records import Observer
 from fedmp.report.files import write_atomically
 from fedmp.topology import Link
 
@@ -69,16 +69,9 @@ def run_paper(
         raise ConfigError(
             "paper compares with centralized training; say how it is done: centralized={optimizer: ...}"
         )
-    _check_losses(job, settings)
+    weakened = _weakened(job, settings)  # before anything is trained, so that a wrong name is told at once
     result = _run(job, folder / "federated", make_view, config)
-    failing = None
-    if settings.losses:
-        clock = job.clock.model_copy(update={"losses": settings.losses})
-        strategy = job.strategy.model_copy(update={"min_clients": settings.losses_min_clients})  # type: ignore[attr-defined]
-        weakened = replace(
-            job, centralized=None, clock=clock, strategy=strategy, title=f"{job.title}: failures"
-        )
-        failing = _run(weakened, folder / "failing", make_view, config)
+    failing = None if weakened is None else _run(weakened, folder / "failing", make_view, config)
     workload, sites, center, sizes = _predict(job, settings)
     rows = make_rows(
         result.summary,
@@ -100,7 +93,12 @@ def run_paper(
     }
     files = [_write(folder / "paper.json", plain), folder / "paper.png"]
     draw_paper(
-        rows, result.history, failing.history if failing else (), center, _accuracy(result.summary), files[-1]
+        rows,
+        result.history,
+        failing.history if failing else (),
+        center,
+        result.summary.centralized_accuracy,
+        files[-1],
     )
     return PaperResult(tuple(rows), tuple(points), (*files, *_write_curves(points, folder)))
 
@@ -120,6 +118,27 @@ def run_curves(job: Job, settings: PaperSettings, folder: Path) -> PaperResult:
     points = compute_curves(workload, settings, sizes)
     folder.mkdir(parents=True, exist_ok=True)
     return PaperResult((), tuple(points), _write_curves(points, folder))
+
+
+def _weakened(job: Job, settings: PaperSettings) -> Job | None:
+    """The federation whose devices fail; None if none shall.
+
+    Raises:
+        ConfigError: there is no such device, or the strategy needs all clients whatever happens.
+    """
+    if not settings.losses:
+        return None
+    if not hasattr(job.strategy, "min_clients"):
+        raise ConfigError(
+            f"paper.losses: {type(job.strategy).__name__} has no min_clients to go on with fewer sites"
+        )
+    return replace(
+        job,
+        centralized=None,
+        clock=job.clock.model_copy(update={"losses": settings.losses}),
+        strategy=job.strategy.model_copy(update={"min_clients": settings.losses_min_clients}),  # type: ignore[attr-defined]
+        title=f"{job.title}: failures",
+    )
 
 
 def _run(job: Job, folder: Path, make_view: ViewMaker, config: Mapping[str, Any] | None) -> Result:
@@ -153,19 +172,6 @@ def _raw_bytes(prepared: Prepared) -> int:
     train = prepared.data.train
     raw = [tensor for tensor in (train.inputs, train.targets) if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in raw)
-
-
-def _check_losses(job: Job, settings: PaperSettings) -> None:
-    known = {f"{client.name}/{device.name}" for client in job.topology.clients for device in client.devices}
-    unknown = [loss.device for loss in settings.losses if loss.device not in known]
-    if unknown:
-        raise ConfigError(
-            f"paper.losses: no device is called {unknown[0]!r}; names are client/device, such as c0/d0"
-        )
-
-
-def _accuracy(summary: Summary) -> float | None:
-    return summary.centralized_accuracy
 
 
 def _plain_center(center: CenterTimes) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""The clock of a simulated job: who finishes a round when, what happened by then, and which devices are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+
+from fedmp.clock import ClientTiming, ClientWork, time_clients
+from fedmp.coordinator import Opening
+from fedmp.engine.arrivals import Arrivals
+from fedmp.engine.prepare import ClientSetup, plan_anew
+from fedmp.engine.session import Session
+from fedmp.errors import PlanError
+from fedmp.records import ClockEvent, RoundTimed
+
+__all__ = ["SimulatedTime"]
+
+_GONE = "no plan fits the devices that it has left"
+
+
+class SimulatedTime:
+    """Keeps simulated time for the clients of a job.
+
+    Args:
+        session: the job under way; told of what happened in each round.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._job = session.prepared.job
+        self._now_s = session.simulated_s
+        self._setups: dict[str, ClientSetup | None] = dict(session.prepared.clients)
+        self._timings: dict[str, ClientTiming] = {}
+        self._round = session.first_round - 1
+        for client in {loss.device.partition("/")[0] for loss in self._job.clock.losses}:
+            self._setups[client] = self._left(client, range(1, session.first_round))
+
+    def open(self, opening: Opening) -> None:
+        """A round opens: its cohort begins."""
+        self._round = opening.round
+        self._timings = {}
+        works = [work for client in opening.cohort if (work := self._work(client)) is not None]
+        for timing in self._time(works):
+            self._timings[timing.client] = timing
+        for client in {loss.device.partition("/")[0] for loss in self._job.clock.losses}:
+            self._setups[client] = self._left(client, range(1, opening.round + 1))
+
+    def finish_s(self, setup: ClientSetup, round: int) -> float:
+        """Seconds in which a client finishes that begins now; infinite if it never does."""
+        if setup.name not in self._timings:
+            work = self._work(setup.name)
+            if work is None:
+                return math.inf
+            (self._timings[setup.name],) = self._time([work])
+        return self._timings[setup.name].arrival_s
+
+    def reason(self, client: str) -> str:
+        """Why a client's update does not count: what became of it, or that it is late."""
+        timing = self._timings.get(client)
+        if timing is None:
+            return _GONE if self._setups[client] is None else "late"
+        return timing.reason or "late"
+
+    def close(self, arrivals: Arrivals) -> tuple[int, int]:
+        """The round closes; returns the devices and clients that were lost, and the attempts after the first."""
+        timings = self._timings.values()
+        if self._job.clock.log:
+            events = [
+                event._replace(what="late")
+                if event.what == "arrived" and event.client in arrivals.left_s
+                else event
+                for timing in timings
+                for event in timing.events
+            ]
+            events.append(ClockEvent(arrivals.duration_s, "", "", "closed"))
+            events.sort(key=lambda event: event.time_s)
+            self._session.observe(RoundTimed(self._round, self._now_s, tuple(events)))
+        self._now_s += arrivals.duration_s
+        losses = sum(event.what == "lost" for timing in timings for event in timing.events)
+        return losses, sum(max(timing.attempts - 1, 0) for timing in timings)
+
+    def _time(self, works: list[ClientWork]) -> list[ClientTiming]:
+        return time_clients(
+            works, self._job.clock, round=self._round, seed=self._job.seed, start_s=self._now_s
+        )
+
+    def _work(self, client: str) -> ClientWork | None:
+        """What a client does in this round, in which it may lose a device; None if it cannot take part."""
+        setup = self._setups[client]
+        if setup is None:
+            return None
+        work = _work_of(setup, self._round)
+        lost = self._lost(client, [self._round])
+        in_use = [device for device in work.plan.devices if device in lost]
+        if not in_use:
+            return work
+        left = self._left(client, range(1, self._round + 1))
+        then = None if left is None else _work_of(left, self._round)
+        return ClientWork(
+            work.client, work.uplink, work.plan, work.num_batches, work.devices, loses=in_use[0], then=then
+        )
+
+    def _lost(self, client: str, rounds: Container[int]) -> set[str]:
+        """Names of the devices that a client loses in these rounds."""
+        own = [loss for loss in self._job.clock.losses if loss.device.startswith(f"{client}/")]
+        return {loss.device.partition("/")[2] for loss in own if loss.round in rounds}
+
+    def _left(self, client: str, rounds: Container[int]) -> ClientSetup | None:
+        """A client after these rounds' losses; None if it cannot train any more."""
+        setup = self._session.prepared.clients[client]
+        lost = self._lost(client, rounds)
+        devices = [device for device in setup.client.devices if device.name not in lost]
+        if len(devices) == len(setup.client.devices):
+            return setup
+        try:
+            return plan_anew(self._session.prepared, setup, devices) if devices else None
+        except PlanError:
+            return None
+
+
+def _work_of(setup: ClientSetup, round: int) -> ClientWork:
+    return setup.round_work(len(setup.own_samples), round=round)
