@@ -216,6 +216,45 @@ def test_clients_that_a_round_cannot_do_without_end_it_and_it_can_be_resumed(
         assert_same(federation.final_state(), expected)
 
 
+@pytest.mark.parametrize(
+    ("step", "nth"),
+    [
+        ("before the commit", 2),
+        pytest.param("before the journal is opened", 2, marks=pytest.mark.slow),
+        pytest.param("before an update is checked", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_coordinator_whose_disk_is_full_ends_and_goes_on_when_there_is_room(
+    step: str, nth: int, tmp_path: Path
+) -> None:
+    """Uploads that do not fit are tried again; what cannot be committed ends the coordinator alone."""
+    job = replace(JOB, topology=topology(1, 1), rounds=2)
+    expected = weights(run(job, tmp_path / "expected", "local"))
+    with Deployment(tmp_path, job, engine={**SOON, "round_timeout_s": 15.0}) as federation:
+        devices = federation.devices()
+        assert ends(federation.coordinator(fill_at=step, nth=nth)) == 2
+        why = (tmp_path / "coordinator.error").read_text()
+        assert "File too large" in why or "clients reported within 15 s" in why
+        again = federation.coordinator()
+        assert [ends(process) for process in (again, *devices)] == [0] * 3
+        assert_same(federation.final_state(), expected)
+
+
+@pytest.mark.slow
+def test_a_device_whose_process_fails_is_one_that_is_lost(
+    tmp_path: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    """Out of memory, say: nobody else's run ends with it."""
+    with Deployment(tmp_path, JOB, engine=SOON) as federation:
+        others = [federation.device("c0", "d0"), federation.device("c0", "d2"), federation.device("c1", "d0")]
+        broken = federation.device("c0", "d1", job=replace(JOB, optimizer=partial(_Broken, lr=0.05)))
+        coordinator = federation.coordinator()
+        assert ends(broken) == 2
+        assert "RuntimeError: no such luck" in federation.last_words("c0", "d1")
+        assert [ends(process) for process in (coordinator, *others)] == [0] * 4
+        close(federation, expected)
+
+
 @pytest.mark.slow
 def test_a_device_that_has_no_data_for_its_new_place_is_left_out(
     tmp_path: Path, expected: dict[str, torch.Tensor]
@@ -241,3 +280,8 @@ class _Nothing:
 
     def load(self) -> TrainTest:
         raise DataError("nothing is here")
+
+
+class _Broken(torch.optim.SGD):
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        raise RuntimeError("no such luck")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import threading
@@ -109,9 +110,10 @@ class Deployment:
         usual = {"host": self.host, "port": self.port, "folder": self.folder / "federation", "farewell_s": 10}
         return DeployEngine(**{**usual, **self._more_engine})
 
-    def coordinator(self, *, kill_at: str = "", nth: int = 1) -> BaseProcess:
-        """Start it; at the nth time that it comes to a step it kills itself."""
-        arguments = (self.job, self.engine, self.folder / "run", self.config, kill_at, nth)
+    def coordinator(self, *, kill_at: str = "", fill_at: str = "", nth: int = 1) -> BaseProcess:
+        """Start it; at the nth time that it comes to a step it kills itself, or its disk is full."""
+        trap = (kill_at or fill_at, nth, _fill_disk if fill_at else _kill_itself)
+        arguments = (self.job, self.engine, self.folder / "run", self.config, trap)
         return self._start("fed", _serve, arguments)
 
     def device(
@@ -189,11 +191,15 @@ def eventually(within_s: float = 30.0) -> Iterator[Callable[[], bool]]:
 
 
 def _serve(
-    job: Job, engine: DeployEngine, run_dir: Path, config: Mapping[str, Any], kill_at: str, nth: int
+    job: Job,
+    engine: DeployEngine,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    trap: tuple[str, int, Callable[[], None]],
 ) -> None:
     torch.set_num_threads(1)
-    if kill_at:
-        _set_trap(kill_at, nth)
+    if trap[0]:
+        _set_trap(*trap)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     resume = (run_dir / "checkpoints").is_dir()
 
@@ -205,6 +211,7 @@ def _serve(
     try:
         job.run(engine, run_dir=run_dir, resume=resume, observe=observe, config=config)
     except FedmpError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         (run_dir.parent / "coordinator.error").write_text(str(error))
         raise SystemExit(2) from error
     except KeyboardInterrupt:
@@ -226,7 +233,16 @@ def _take_part(job: Job, config: Mapping[str, Any], settings: DeviceSettings) ->
         raise SystemExit(2) from error
 
 
-def _set_trap(step: str, nth: int) -> None:
+def _kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fill_disk() -> None:
+    """From now on no file grows beyond what a note needs."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+def _set_trap(step: str, nth: int, act: Callable[[], None]) -> None:
     owner, name, when = STEPS[step]
     original = getattr(owner, name)
     count, lock = 0, threading.Lock()
@@ -239,10 +255,10 @@ def _set_trap(step: str, nth: int) -> None:
             count += 1
             is_due = count == nth
         if is_due and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
         result = original(*args, **kwargs)
         if is_due:
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
         return result
 
     setattr(owner, name, trapped)

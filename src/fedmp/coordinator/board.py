@@ -31,6 +31,9 @@ __all__ = ["Board"]
 # a device that lost a peer says so at once; what happened to the peer is known a moment later
 _CAUSE_S = 2.0
 
+# what would go wrong again on any machine
+_OF_ALL = ("DataError", "TrainingError")
+
 _KINDS: dict[str, type[FedmpError]] = {
     kind.__name__: kind for kind in (DataError, DeadlineError, FrameError, PipelineError, TrainingError)
 }
@@ -423,10 +426,14 @@ class Board:
     def failed(self, member: Member, report: FailureReport) -> None:
         """A device cannot go on; a cause is kept rather than the losses that follow from it.
 
-        A broken pipeline is brought up anew while the client has attempts left.
+        A broken pipeline is brought up anew while the client has attempts left. So it is where devices join on
+        their own account: one that gave up, whatever went wrong on its machine, is one that is lost.
         """
+        is_mended = _is_consequence(report) or report.kind == FrameError.__name__
+        if self._joins:
+            is_mended = report.kind not in _OF_ALL
         with self._changed:
-            if self._attempts.most > 1 and (_is_consequence(report) or report.kind == FrameError.__name__):
+            if self._attempts.most > 1 and is_mended:
                 if report.generation >= self._attempts.generation(member.client):
                     self._begin_anew(member.client, report.message, after=report.generation)
                 return

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedmp.coordinator.disk import disk_errors
 from fedmp.coordinator.roster import Roster, Standing
 from fedmp.errors import ResumeError
 from fedmp.records import RoundRecord
@@ -60,7 +61,15 @@ class CheckpointStore:
         self._keep = keep
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint; a crash at any moment leaves the one before intact."""
+        """Write a checkpoint; a crash at any moment leaves the one before intact.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        with disk_errors():
+            self._save(checkpoint)
+
+    def _save(self, checkpoint: Checkpoint) -> None:
         final = self._folder / f"round-{checkpoint.round:05d}"
         part = self._folder / f".round-{checkpoint.round:05d}.part"
         shutil.rmtree(part, ignore_errors=True)

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedmp.coordinator.clients import ClientUpdate
+from fedmp.coordinator.disk import disk_errors
 from fedmp.errors import RefusedError
 from fedmp.graph import StateSpec
 from fedmp.records import DeviceReport
@@ -337,5 +338,6 @@ def _flush(path: Path) -> None:
 
 def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     part = path.with_name(f".{path.name}.part")
-    write(part)
+    with disk_errors():
+        write(part)
     os.replace(part, path)

@@ -211,15 +211,20 @@ class CoordinatorService:
         """The round's global stages of the asking device; takes up again where a `range` header says."""
         member = self._member(request)
         self._check_round(round, member)
-        async with self._writing:
-            path = await run_in_threadpool(
-                self._journal.global_stage,
-                member.pulled_in(round, whole=whole),
-                self._model.handed_out,
-                f"{member.stage_key}-whole" if whole else member.stage_key,
-                client=member.client,
-            )
-        self._board.sent(path.stat().st_size)
+        try:
+            async with self._writing:
+                path = await run_in_threadpool(
+                    self._journal.global_stage,
+                    member.pulled_in(round, whole=whole),
+                    self._model.handed_out,
+                    f"{member.stage_key}-whole" if whole else member.stage_key,
+                    client=member.client,
+                )
+            num_bytes = path.stat().st_size
+        except OSError as error:
+            self._check_round(round, member)  # it may have closed, and its folder be gone
+            raise _full(error) from error
+        self._board.sent(num_bytes)
         return FileResponse(path, media_type="application/octet-stream")
 
     async def push(self, request: Request, round: int) -> Receipt:
@@ -235,9 +240,7 @@ class CoordinatorService:
                 await self._take(part, member, round, num_bytes)
         except OSError as error:
             self._check_round(round, member)  # it may have closed, and its folder be gone
-            raise RefusedError(
-                f"the coordinator cannot write its journal: {error.strerror}", status=507, reason="disk"
-            ) from error
+            raise _full(error) from error
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -395,6 +398,12 @@ _TENSORS = {
     }
 }
 _JSON = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
+
+
+def _full(error: OSError) -> RefusedError:
+    return RefusedError(
+        f"the coordinator cannot write its journal: {error.strerror}", status=507, reason="disk"
+    )
 
 
 def _explain(error: Exception) -> tuple[int, str, str]:

@@ -144,6 +144,8 @@ class Attendance:
             here = {device for device in _names(client.whole) if self._is_here(client, device, look)}
             if client.better is None and not self._absent(client, look):
                 self._improve(client, here)
+            if self._board.is_training(client.name):
+                continue  # late for an earlier round, and to go on with it
             better, client.better = client.better, None
             if better is not None and set(better.plan.devices) <= here and self._cut(client, better):
                 self._observe(Note(f"{client.name} goes on over {', '.join(better.plan.devices)}"))

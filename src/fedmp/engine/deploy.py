@@ -32,7 +32,7 @@ from fedmp.engine.job import Job
 from fedmp.engine.plan_book import PlanBook
 from fedmp.engine.prepare import Prepared, prepare_without_clients_data
 from fedmp.engine.session import Outcome, Session, Timelines, round_settings, run_session
-from fedmp.errors import ConfigError, FederationError, FedmpError, RefusedError, RoundError
+from fedmp.errors import ConfigError, FedmpError, RefusedError, RoundError
 from fedmp.identity import CredentialStore
 from fedmp.records import JobOffer, Note
 
@@ -178,16 +178,11 @@ class DeployEngine(Component):
             startup_s = time.monotonic() - session.started_s
             try:
                 records = run_session(session, settings, clients, timelines)
-            except RoundError:
+            except (RoundError, ConfigError):  # which whoever runs the coordinator can mend: the devices wait
                 raise
             except FedmpError as error:
                 self._say_farewell(board, str(error))
                 raise
-            except OSError as error:
-                raise FederationError(
-                    f"the coordinator cannot write to {session.journal_folder.parent}: {error}. What was committed "
-                    f"is safe, and the devices wait: make room, and start the coordinator again"
-                ) from error
             self._say_farewell(board, "the job is over")
         return Outcome(records, startup_s, timelines.by_client)
 

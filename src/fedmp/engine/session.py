@@ -13,6 +13,7 @@ import torch
 from fedmp.coordinator import CheckpointStore, Clients, GlobalModel, Roster, RoundSettings, run_rounds
 from fedmp.engine.attacked import AttackedClients
 from fedmp.engine.prepare import Prepared
+from fedmp.errors import RoundError
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
 from fedmp.records import DeviceReport, Observer, RoundRecord, TimedAction
 from fedmp.stages import Stage
@@ -90,22 +91,29 @@ def run_session(
     """Run a job's rounds with whatever clients an engine has.
 
     Raises:
+        RoundError: a round could not be closed, or not be written to disk.
         FedmpError: as the clients do.
     """
     job = session.prepared.job
     if job.attack is not None:
         clients = AttackedClients(clients, job.attack, settings.clients, job.seed)
-    records = run_rounds(
-        settings,
-        strategy=job.strategy,
-        aggregator=job.aggregator,
-        model=session.model,
-        clients=clients,
-        checkpoints=session.checkpoints,
-        evaluate=evaluator(session),
-        observe=session.observe,
-        on_reports=(timelines or Timelines()).keep,
-    )
+    try:
+        records = run_rounds(
+            settings,
+            strategy=job.strategy,
+            aggregator=job.aggregator,
+            model=session.model,
+            clients=clients,
+            checkpoints=session.checkpoints,
+            evaluate=evaluator(session),
+            observe=session.observe,
+            on_reports=(timelines or Timelines()).keep,
+        )
+    except OSError as error:
+        raise RoundError(
+            f"cannot write to {session.journal_folder.parent}: {error.strerror or error}. What was committed is "
+            f"safe: make room and resume the run"
+        ) from error
     return tuple(records)
 
 
