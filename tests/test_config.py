@@ -15,6 +15,7 @@ from fedmp.engine.local import LocalEngine
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError
 from fedmp.schedule import GPipe
+from fedmp.strategy import PowerOfChoice, Scaffold, Stragglers
 
 GROUPS = sorted(path.parent.name + "=" + path.stem for path in config_dir().glob("*/*.yaml"))
 
@@ -64,6 +65,38 @@ def test_a_server_optimizer_is_any_of_torch_optim() -> None:
     job = composed("experiment=none", "server_optimizer=adam").job()
     assert job.server_optimizer is not None
     assert isinstance(job.server_optimizer([torch.nn.Parameter(torch.zeros(2))]), torch.optim.Adam)
+
+
+def test_a_strategy_brings_its_server_optimizer_unless_another_is_chosen() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    job = composed("strategy=fedadam", "+strategy.server_rate=0.3").job()  # also within an experiment
+    assert job.server_optimizer is None
+    assert job.strategy.server_optimizer is not None
+    made = job.strategy.server_optimizer(weights)
+    assert isinstance(made, torch.optim.Adam)
+    assert made.defaults["lr"] == 0.3
+    other = composed("strategy=fedadam", "server_optimizer=momentum").job().server_optimizer
+    assert other is not None
+    assert isinstance(other(weights), torch.optim.SGD)
+
+
+def test_diloco_brings_its_client_optimizer_unless_another_is_chosen() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    for strategy in ("diloco", "streaming_diloco"):
+        job = composed("experiment=none", f"strategy={strategy}").job()
+        assert isinstance(job.optimizer(weights), torch.optim.AdamW)
+        job = composed("experiment=none", f"strategy={strategy}", "optimizer=sgd").job()
+        assert isinstance(job.optimizer(weights), torch.optim.SGD)
+
+
+def test_selection_and_effort_are_parts_of_whatever_strategy() -> None:
+    job = composed(
+        *("strategy=scaffold", "selection=power_of_choice", "+strategy.selection.num_candidates=3"),
+        *("effort=stragglers", "+strategy.effort.fraction=0.9"),
+    ).job()
+    assert isinstance(job.strategy, Scaffold)
+    assert job.strategy.selection == PowerOfChoice(num_candidates=3)
+    assert job.strategy.effort == Stragglers(fraction=0.9)
 
 
 def test_a_config_survives_json() -> None:

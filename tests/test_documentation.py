@@ -41,6 +41,11 @@ def test_the_training_example_is_short() -> None:
     assert len((ROOT / "examples" / "train.py").read_text().splitlines()) < 40
 
 
+def test_the_custom_strategy_example_keeps_the_contract_and_learns(tmp_path: Path) -> None:
+    printed = run_script([str(ROOT / "examples" / "custom_strategy.py")], tmp_path)
+    assert float(printed.rsplit("accuracy", 1)[1].strip(" %\n")) > 60
+
+
 def test_the_custom_partitioner_example_beats_uniform(tmp_path: Path) -> None:
     run_script([str(ROOT / "examples" / "custom_partitioner.py")], tmp_path)
 

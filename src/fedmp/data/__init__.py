@@ -15,6 +15,7 @@ from fedmp.data.images import CIFAR10, MNIST, FashionMNIST, FashionMNISTExcerpt
 from fedmp.data.no_data import NoData
 from fedmp.data.shakespeare import Shakespeare
 from fedmp.data.splits import IID, ByUser, Dirichlet, Own, PowerLaw, Shards, Split, describe
+from fedmp.data.synthetic import Synthetic
 
 __all__ = [
     "CIFAR10",
@@ -35,6 +36,7 @@ __all__ = [
     "Shakespeare",
     "Shards",
     "Split",
+    "Synthetic",
     "TrainTest",
     "describe",
 ]

@@ -23,12 +23,12 @@ class FedAvgM(FedAvg):
 
     Args:
         server_rate: learning rate of the server, eta.
-        momentum: beta; the paper uses 0.7 to 0.997.
+        momentum: beta; the paper uses 0.7 to 0.997 with hundreds of clients, few want less.
         nesterov: look ahead along the momentum.
     """
 
     server_rate: float = Field(default=1.0, gt=0)
-    momentum: float = Field(default=0.9, gt=0, lt=1)
+    momentum: float = Field(default=0.5, gt=0, lt=1)
     nesterov: bool = False
 
     @property

@@ -1,0 +1,198 @@
+"""What strategies are good for: each next to federated averaging where its paper says that it helps.
+
+    python benchmarks/convergence_strategies.py [drift] [adaptive] [stragglers] [--out FOLDER]
+
+drift: SCAFFOLD, FedDyn and FedProx at many local epochs on strongly skewed Fashion-MNIST.
+adaptive: FedAdam, FedYogi and FedAdagrad on Shakespeare by role.
+stragglers: FedProx on Synthetic(1, 1) where 0, 50 and 90 % of the clients do only a part of their work.
+
+Each prints a table of accuracies by round and writes it as JSON. All are simulated on this machine, from the seeds
+given here; the tests in tests/strategy/test_convergence.py run the same with the orderings that must come out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fedmp import Job, Topology
+from fedmp import strategy as s
+from fedmp.data import ArrayData, ByUser, Dataset, Dirichlet, FashionMNIST, Shakespeare, Synthetic
+from fedmp.models import GPT, MLP
+from fedmp.records import RoundRecord
+
+Curves = dict[str, tuple[RoundRecord, ...]]
+
+
+def drift(*, rounds: int = 25, local_epochs: int = 10, seed: int = 0) -> Curves:
+    """Ten clients, half of them a round, Dirichlet(0.1) labels: many local steps pull the clients apart."""
+    data = FashionMNIST().load()
+    x, y = data.train.batch(range(2000))
+    x_test, y_test = data.test.batch(range(1000))
+    job = partial(
+        Job,
+        model=partial(MLP, 784, (100,)),
+        topology=_clients(10),
+        data=ArrayData(x, y, x_test, y_test),
+        split=Dirichlet(alpha=0.1, min_samples=20),
+        optimizer=partial(torch.optim.SGD, lr=0.03),
+        batch_size=50,
+        num_microbatches=1,
+        rounds=rounds,
+        seed=seed,
+    )
+    common = {"local_epochs": local_epochs, "fraction": 0.5}
+    return _curves(
+        job,
+        {
+            "FedAvg": s.FedAvg(weighting="uniform", **common),
+            "FedProx 0.1": s.FedProx(mu=0.1, weighting="uniform", **common),
+            "SCAFFOLD": s.Scaffold(**common),
+            "FedDyn 0.1": s.FedDyn(alpha=0.1, **common),
+        },
+    )
+
+
+def adaptive(*, rounds: int = 40, seed: int = 0) -> Curves:
+    """Twenty roles of Shakespeare, ten a round; a small transformer predicts the next character."""
+    data = Shakespeare(seq_len=40).load()
+    train, test = _first_users(data.train, 20, 40), _first_users(data.test, 20, 10)
+    assert train.inputs is not None
+    assert train.targets is not None
+    assert test.inputs is not None
+    assert test.targets is not None
+    job = partial(
+        Job,
+        model=partial(GPT, vocab_size=97, max_length=40, width=32, num_layers=1, num_heads=2),
+        topology=_clients(20),
+        data=ArrayData(train.inputs, train.targets, test.inputs, test.targets, users=train.users),
+        split=ByUser(),
+        optimizer=partial(torch.optim.SGD, lr=0.3),
+        batch_size=10,
+        num_microbatches=1,
+        rounds=rounds,
+        seed=seed,
+    )
+    common = {"local_epochs": 1, "fraction": 0.5}
+    return _curves(
+        job,
+        {
+            "FedAvg": s.FedAvg(**common),
+            "FedAvgM 0.9": s.FedAvgM(momentum=0.9, **common),
+            "FedAdagrad": s.FedAdagrad(server_rate=0.03, **common),
+            "FedAdam": s.FedAdam(server_rate=0.01, **common),
+            "FedYogi": s.FedYogi(server_rate=0.01, **common),
+        },
+    )
+
+
+def stragglers(fraction: float, *, rounds: int = 40, seed: int = 0) -> Curves:
+    """Logistic regression on Synthetic(1, 1), 10 of 30 clients a round, 10 epochs for those who manage."""
+    job = partial(
+        Job,
+        model=partial(MLP, 60, ()),
+        topology=_clients(30),
+        data=Synthetic(alpha=1, beta=1, most_samples=150),
+        split=ByUser(),
+        optimizer=partial(torch.optim.SGD, lr=0.01),
+        batch_size=10,
+        num_microbatches=1,
+        rounds=rounds,
+        seed=seed,
+    )
+    common = {"local_epochs": 10, "fraction": 1 / 3, "weighting": "samples"}
+    effort = s.Stragglers(fraction=fraction)
+    return _curves(
+        job,
+        {
+            "FedAvg, drops them": s.FedAvg(effort=effort.model_copy(update={"drop": True}), **common),
+            "FedProx 0": s.FedProx(mu=0.0, effort=effort, **common),
+            "FedProx 1": s.FedProx(mu=1.0, effort=effort, **common),
+        },
+    )
+
+
+def _clients(count: int) -> Topology:
+    return Topology(clients=[{"name": f"c{index:02d}", "devices": 1} for index in range(count)])
+
+
+def _first_users(data: Dataset, num_users: int, most: int) -> Dataset:
+    """Of the users with most samples so many, and of each its first samples."""
+    assert data.users is not None
+    users, counts = data.users.unique(return_counts=True)
+    largest = users[counts.argsort(descending=True, stable=True)[:num_users]].sort().values
+    return data.select(torch.cat([(data.users == user).nonzero().flatten()[:most] for user in largest]))
+
+
+def _curves(job: partial[Job], strategies: Mapping[str, s.Strategy]) -> Curves:
+    curves = {}
+    for name, strategy in strategies.items():
+        started_s = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            result = job(strategy=strategy).run(
+                "simulate", run_dir=Path(folder) / "run", observe=lambda _: None
+            )
+        curves[name] = result.history
+        print(f"  {name}: {time.monotonic() - started_s:.0f} s", flush=True)
+    return curves
+
+
+def late_accuracy(records: Sequence[RoundRecord]) -> float:
+    """The mean test accuracy of the last fifth of the rounds."""
+    last = records[-max(1, len(records) // 5) :]
+    return sum(record.test_accuracy or 0.0 for record in last) / len(last)
+
+
+def late_loss(records: Sequence[RoundRecord]) -> float:
+    """The mean test loss of the last fifth of the rounds."""
+    last = records[-max(1, len(records) // 5) :]
+    return sum(record.test_loss or 0.0 for record in last) / len(last)
+
+
+def _show(title: str, curves: Curves, out: Path | None) -> None:
+    rounds = len(next(iter(curves.values())))
+    marks = sorted({max(1, rounds * part // 5) for part in range(1, 6)})
+    print(
+        f"\n{title}\n| strategy | "
+        + " | ".join(f"round {mark}" for mark in marks)
+        + " | last fifth: accuracy, loss |"
+    )
+    print("|---|" + "---|" * (len(marks) + 1))
+    for name, records in curves.items():
+        row = " | ".join(f"{records[mark - 1].test_accuracy:.3f}" for mark in marks)
+        print(f"| {name} | {row} | {late_accuracy(records):.3f}, {late_loss(records):.3f} |")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = {name: [record.model_dump() for record in records] for name, records in curves.items()}
+        (out / f"{title.split(':')[0].replace(' ', '_')}.json").write_text(json.dumps(rows))
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help="drift, adaptive, stragglers; all of them if none is given")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    parts = given.parts or ["drift", "adaptive", "stragglers"]
+    torch.set_num_threads(1)
+    if "drift" in parts:
+        _show("drift: Fashion-MNIST, Dirichlet 0.1, 10 local epochs", drift(), given.out)
+    if "adaptive" in parts:
+        _show("adaptive: Shakespeare by role", adaptive(), given.out)
+    if "stragglers" in parts:
+        for fraction in (0.0, 0.5, 0.9):
+            title = f"stragglers {100 * fraction:.0f}: Synthetic(1, 1), {100 * fraction:.0f} % do part of the work"
+            _show(title, stragglers(fraction), given.out)
+
+
+if __name__ == "__main__":
+    main()
