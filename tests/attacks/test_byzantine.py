@@ -1,0 +1,31 @@
+"""A fifth of the clients attacks, on real data: the mean collapses, robust rules keep within three points."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from benchmarks.byzantine import AGGREGATORS, ATTACKS, MARGIN, SPLITS, accuracy
+
+ROUNDS = 25
+CRUDE = ("sign_flip", "scaling", "gaussian")
+
+
+@cache
+def found(aggregator: str, attack: str) -> float:
+    return accuracy(AGGREGATORS[aggregator], ATTACKS[attack], SPLITS["iid"], ROUNDS, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("attack", CRUDE)
+def test_the_mean_collapses(attack: str) -> None:
+    assert found("mean", attack) < found("mean", "none") - 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "none"])
+@pytest.mark.parametrize("aggregator", ["median", "trimmed_mean", "multi_krum", "geometric_median"])
+def test_robust_rules_hold(aggregator: str, attack: str) -> None:
+    assert found(aggregator, attack) >= found("mean", "none") - MARGIN

@@ -1,0 +1,43 @@
+"""Published convergence on MNIST, reproduced: slow, and skipped where the data are not."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks.convergence_mnist import SETTINGS, run
+
+from fedmp.data import MNIST
+from fedmp.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _needs_mnist() -> None:
+    try:
+        MNIST().load()
+    except DataError as error:
+        pytest.skip(f"MNIST is not here: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_2nn_reaches_97_percent_as_fast_as_published() -> None:
+    """McMahan et al. 2017, table 2: 87 rounds with E = 1, B = 10 and IID data; half as many more are allowed."""
+    setting = SETTINGS["2nn-iid"]
+    curve = run(setting)
+    assert curve[-1] >= 0.97
+    assert len(curve) <= 130
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_shards_a_client_need_many_more_rounds() -> None:
+    """At 30 rounds IID data are far ahead, in the order that the paper's 87 and 664 rounds have."""
+    even, skewed = run(SETTINGS["2nn-iid"], rounds=30), run(SETTINGS["2nn-shards-e1"], rounds=30)
+    assert max(skewed) < max(even) - 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_logistic_regression_on_1000_unequal_clients_is_as_published() -> None:
+    """81.9 % are published at 200 rounds; single rounds swing by some points, so the best of the last 20 counts."""
+    curve = run(SETTINGS["lr-power-law"])
+    assert max(curve[-20:]) >= 0.80
