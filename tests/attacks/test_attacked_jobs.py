@@ -66,6 +66,12 @@ def test_only_attackers_samples_are_poisoned() -> None:
     assert torch.equal(test.test.targets, clean.data.test.targets)  # type: ignore[arg-type]
 
 
+def test_flipped_labels_are_what_is_learnt(tmp_path: Path) -> None:
+    """All flip all labels, so the model is right about the flipped ones: hardly ever about the real ones."""
+    everyone = LabelFlip(clients=tuple(f"c{index}" for index in range(10)))
+    assert accuracy(tmp_path, WeightedMean(), everyone) < 0.1
+
+
 def test_a_job_names_attackers_that_do_not_exist() -> None:
     with pytest.raises(FedmpError, match=r"attack.clients: there are no clients called zoe"):
         job(attack=SignFlip(clients=("zoe",)))
