@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fedmp.aggregate
 from fedmp.aggregate import WeightedMean
 from fedmp.coordinator import Journal
 from fedmp.errors import RefusedError
@@ -121,10 +122,14 @@ def test_a_global_stage_is_written_once_and_shared_by_equal_stages(tmp_path: Pat
     assert first.stat().st_mtime_ns == written
 
 
-def test_stage_wise_averaging_equals_whole_model_averaging_whatever_the_plans(tmp_path: Path) -> None:
-    """One client pushes its model whole, one in two stages, one in three: the mean is the same, bit for bit."""
+@pytest.mark.parametrize("rule", sorted(set(fedmp.aggregate.__all__) - {"Aggregator", "gives_views"}))
+def test_stage_wise_aggregation_equals_whole_model_aggregation_whatever_the_plans(
+    tmp_path: Path, rule: str
+) -> None:
+    """One client pushes its model whole, others in two or three stages: the result is the same, bit for bit."""
     names = tuple(specs())
     plans = {"ann": (names,), "bob": STAGES, "cid": (names[:1], names[1:3], names[3:])}
+    plans |= {f"{client}2": stages for client, stages in plans.items()} | {"dan": STAGES}
     generator = torch.Generator().manual_seed(0)
     updates = {
         client: {
@@ -135,7 +140,7 @@ def test_stage_wise_averaging_equals_whole_model_averaging_whatever_the_plans(tm
         }
         for client in plans
     }
-    samples = {"ann": 3, "bob": 50, "cid": 11}
+    samples = {client: 3 + 11 * index for index, client in enumerate(plans)}
     journal = opened(tmp_path)
     for client, stages in plans.items():
         for stage, wanted in enumerate(stages):
@@ -145,10 +150,11 @@ def test_stage_wise_averaging_equals_whole_model_averaging_whatever_the_plans(tm
             journal.accept(part, client, stage, wanted)
     journalled = [journal.update_of(client, len(plans[client])) for client in plans]
     weights = [float(update.num_examples) for update in journalled if update]
-    mean = WeightedMean().combine([update for update in journalled if update], weights)
-    whole = WeightedMean().combine(list(updates.values()), [float(samples[client]) for client in plans])
-    assert mean.keys() == whole.keys()
-    assert all(torch.equal(mean[name], whole[name]) for name in whole)
+    aggregator = getattr(fedmp.aggregate, rule)()
+    combined = aggregator.combine([update for update in journalled if update], weights)
+    whole = aggregator.combine(list(updates.values()), [float(samples[client]) for client in plans])
+    assert combined.keys() == whole.keys()
+    assert all(torch.equal(combined[name], whole[name]) for name in whole)
 
 
 def test_the_mean_does_not_depend_on_the_order_of_arrival(tmp_path: Path) -> None:
