@@ -152,8 +152,8 @@ class SimulatedClients:
         )
 
     def unreachable(self) -> frozenset[str]:
-        """Nobody."""
-        return frozenset()
+        """Clients that are away by the job's clock."""
+        return self._time.away()
 
     def committed(self, round: int) -> None:
         """Delete late updates that have arrived."""

@@ -54,6 +54,12 @@ class SimulatedTime:
             (self._timings[setup.name],) = self._time([work])
         return self._timings[setup.name].arrival_s
 
+    def away(self) -> frozenset[str]:
+        """Clients that cannot work just now."""
+        availability, seed = self._job.clock.availability, self._job.seed
+        windows = {c: availability.window(c, self._now_s, seed=seed) for c in self._setups}
+        return frozenset(c for c, w in windows.items() if w is None or w.start_s > self._now_s)
+
     def reason(self, client: str) -> str:
         """Why a client's update does not count: what became of it, or that it is late."""
         timing = self._timings.get(client)
