@@ -63,7 +63,7 @@ def test_a_simulated_job_knows_who_is_away_by_its_clock(tmp_path: Path) -> None:
         topology=topology(1, 1, 1, 1),
         data=images(60),
         strategy=strategy,
-        clock=Clock(availability=Hours(start_h=0, stop_h=12, spread_h=24, run_starts_h=12)),
+        clock=Clock(availability=Hours(start_h=0, stop_h=12, spread_h=24, run_starts_h=6)),
         rounds=1,
     )
     there = [
