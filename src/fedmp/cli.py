@@ -46,6 +46,7 @@ usage:
 overrides (Hydra):
   GROUP=CHOICE                   pick a choice of a group, e.g. topology=uneven model=vit
   GROUP.FIELD=VALUE              set a field, e.g. optimizer.lr=0.1 strategy.local_epochs=2
+  transforms=[topk,int8,zstd]    what happens to updates on their way, in order; downlink=[bf16] alike
   KEY=VALUE                      e.g. rounds=5 batch_size=64 seed=1 run_dir=out/try1
   resume=DIR                     go on with the run in DIR
   centralized=null               without centralized training to compare with
@@ -469,9 +470,11 @@ def _message(error: BaseException) -> str | None:
         if isinstance(seen, FedmpError):
             return str(seen)
         seen = seen.__cause__
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"group {group} has no choice {choice!r}; there are {', '.join(error.options)}"
+        options = error.options or _groups([]).get(group)  # Hydra has none where several may be chosen
+        if options:
+            return f"group {group} has no choice {choice!r}; there are {', '.join(options)}"
     if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         return " ".join(str(error).split())
     return None

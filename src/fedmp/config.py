@@ -84,6 +84,8 @@ class RunConfig(BaseModel):
     max_gradient_norm: PositiveFloat | None = None
     pipeline: PipelineSettings = PipelineSettings()
     seed: int = Field(ge=0)
+    transforms: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    downlink: dict[str, dict[str, Any]] = Field(default_factory=dict)
     server_optimizer: dict[str, Any] | None = None
     federated_evaluation: bool = False
     centralized: CentralizedConfig | None = None
@@ -114,6 +116,8 @@ class RunConfig(BaseModel):
             attack=_component("attack", self.attack) if self.attack else None,
             optimizer=_factory("optimizer", self.optimizer),
             learning_rate=_component("learning_rate", self.learning_rate),
+            transforms=_chain("transforms", self.transforms),
+            downlink=_chain("downlink", self.downlink),
             server_optimizer=(
                 _factory("server_optimizer", self.server_optimizer) if self.server_optimizer else None
             ),
@@ -174,6 +178,16 @@ def _component(name: str, fields: dict[str, Any]) -> Any:
         return instantiate(fields, _convert_="all")
     except InstantiationException as error:
         raise _as_config_error(name, target, error.__cause__ or error) from error
+
+
+def _chain(group: str, members: dict[str, dict[str, Any]]) -> tuple[Any, ...]:
+    """Make the objects of a group of which several are chosen, in the order in which they were."""
+    for name, fields in members.items():
+        if "_target_" not in fields:
+            raise ConfigError(
+                f"{group}.{name} is not chosen: say {group}=[{name}], with others in their order if there are more"
+            )
+    return tuple(_component(f"{group}.{name}", fields) for name, fields in members.items())
 
 
 def _factory(name: str, fields: dict[str, Any]) -> Callable[..., Any]:

@@ -132,5 +132,6 @@ def test_fedbn_wants_batch_normalisation(tmp_path: Path) -> None:
 def test_fragments_move_their_share_of_the_bytes_and_come_round(tmp_path: Path) -> None:
     whole = run(job("diloco", topology=topology(1), rounds=6), tmp_path / "whole").summary
     parts = run(job("streaming", topology=topology(1), rounds=6), tmp_path / "parts").summary
-    assert parts.bytes_up == whole.bytes_up / 3
+    # a body has a report and names besides its tensors, less than 1 KiB
+    assert 0 <= parts.bytes_up - whole.bytes_up / 3 < 6 * 1024
     assert parts.bytes_down < whole.bytes_down / 2, "the first round's pull is of all"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fedmp.client.body import stage_body, update_body
 from fedmp.client.device import DeviceSpec, heartbeat, run_device, serve_job
 from fedmp.client.federation import Federation, HttpFederation
 from fedmp.client.local_round import LocalRound, RoundResult
 from fedmp.client.state import StateStore
 from fedmp.client.training import LocalTrainer, Training
+from fedmp.client.wire import Wire
 from fedmp.client.work import LocalWork
 
 __all__ = [
@@ -19,7 +21,10 @@ __all__ = [
     "RoundResult",
     "StateStore",
     "Training",
+    "Wire",
     "heartbeat",
     "run_device",
     "serve_job",
+    "stage_body",
+    "update_body",
 ]

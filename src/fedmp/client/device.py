@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from fedmp.client.meeting import Meeting, Place, meet, stages_text
 from fedmp.client.sabotage import Saboteur
 from fedmp.client.state import StateStore
 from fedmp.client.training import throttled
+from fedmp.client.wire import Wire
 from fedmp.client.work import LocalWork
 from fedmp.data import Dataset
 from fedmp.errors import FederationError, FedmpError, PipelineError, RefusedError, TrainingError
@@ -35,6 +37,7 @@ from fedmp.records import (
 )
 from fedmp.stages import Stage, StageBlueprint
 from fedmp.tasks import Task
+from fedmp.updates import Channel
 
 __all__ = ["DeviceSpec", "heartbeat", "run_device", "serve_job"]
 
@@ -42,6 +45,7 @@ _TIMELINE_STEP = 1
 _PROGRESS_S = 0.5
 _ROUND_IS_OVER = 409
 _ASK_AGAIN_S = 0.05
+_COPIES = 4  # of its tensors' bytes: a body may hold a strategy's slots beside them
 
 _log = logging.getLogger("fedmp.device")
 
@@ -62,6 +66,7 @@ class DeviceSpec:
         task: the loss.
         work: what to do in a round.
         options: how to run the stages.
+        uplink, downlink: how updates and global stages travel; None as they are.
         state_folder: where it keeps what its client needs from round to round; None keeps it in memory. Devices
             of a client that share the folder can take over each other's stages.
         record_timeline: measure the actions of one step in the device's first round.
@@ -89,6 +94,8 @@ class DeviceSpec:
     task: Task
     work: LocalWork
     options: RunnerOptions = field(default_factory=RunnerOptions)
+    uplink: Channel | None = None
+    downlink: Channel | None = None
     state_folder: Path | None = None
     record_timeline: bool = False
     host: str = "127.0.0.1"
@@ -178,6 +185,11 @@ class _Device:
         self._timeline: list[TimedAction] = []
         self._has_timeline = False
         self._store = StateStore(spec.state_folder)
+        self._wire = Wire(
+            spec.client,
+            spec.uplink or Channel((), {}, seed=0),
+            spec.downlink or Channel((), {}, seed=0, direction="down"),
+        )
         self._runner: DeviceRunner | None = None
         self._saboteur = Saboteur(spec.faults) if spec.faults else None
 
@@ -317,30 +329,44 @@ class _Device:
         )
         self._has_timeline |= bool(self._timeline)
         self._timeline = []
+        payload, sent = self._wire.pack(
+            result.update, kept, round=round, sum_over_devices=partial(self._sum_over_devices, round)
+        )
         # before the update is handed in: once that counts, the next round starts from this
         key = state_key(round, generation)
-        self._store.save(client, key, self._spec.device, result.state, base=base)
-        self._push(round, dict(result.update), report)
+        self._store.save(client, key, self._spec.device, {**result.state, **sent}, base=base)
+        self._push(round, payload, report)
 
     @property
     def _keeps_state(self) -> bool:
         work = self._spec.work
-        return work.keeps_optimizer or work.scope.keeps_values or bool(work.rule and work.rule.kept)
+        has_slots = bool(work.rule and work.rule.kept)
+        return work.keeps_optimizer or work.scope.keeps_values or has_slots or self._wire.keeps_state
 
-    def _push(self, round: int, update: dict[str, torch.Tensor], report: DeviceReport) -> None:
+    def _sum_over_devices(self, round: int, own: float) -> float:
+        assert self._runner is not None
+        numbers = dict.fromkeys(self._spec.placement[self._spec.rank], 0.0)
+        numbers[next(iter(numbers))] = own
+        return self._runner.sum_over_stages(numbers, round=round)
+
+    def _push(self, round: int, payload: dict[str, torch.Tensor], report: DeviceReport) -> None:
+        push = partial(self._federation.push, round, report=report, zstd=self._wire.uplink.chain.zstd)
         fault = self._saboteur.at("push") if self._saboteur is not None else None
         if self._saboteur is not None and fault is not None and fault.kind == "corrupt":
             with contextlib.suppress(RefusedError):
-                self._federation.push(round, self._saboteur.spoil(update), report)
-        self._federation.push(round, update, report)
+                push(payload=self._saboteur.spoil(payload))
+        push(payload=payload)
         if fault is not None and fault.kind == "drop":  # its acknowledgement: it is sent again
-            self._federation.push(round, update, report)
+            push(payload=payload)
 
     def _pull(self, round: int, *, whole: bool) -> dict[str, torch.Tensor]:
         """The round's global stages."""
         if self._saboteur is not None:
             self._saboteur.at("pull")
-        return self._federation.pull(round, whole=whole)
+        tensors = [tensor for blueprint in self._spec.blueprints for tensor in blueprint.state.values()]
+        max_bytes = _COPIES * sum(tensor.num_bytes + 1024 for tensor in tensors)
+        payload = self._federation.pull(round, whole=whole, max_bytes=max_bytes)
+        return self._wire.unpack(payload, round=round)
 
     def _step_watcher(self, runner: DeviceRunner, round: int) -> Callable[[int, int, BatchResult], None]:
         """After each step: report progress now and then, and time the actions of one step."""

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 import urllib3
 from pydantic import BaseModel, ValidationError
-from safetensors.torch import load, save
 
+from fedmp.client.body import read_body, update_body
 from fedmp.errors import FederationError, RefusedError
 from fedmp.records import (
     Address,
@@ -28,6 +28,7 @@ from fedmp.records import (
     ProgressReport,
     Ready,
 )
+from fedmp.updates import CONTENT_ENCODING, Zstd
 
 __all__ = ["Federation", "HttpFederation"]
 
@@ -36,6 +37,7 @@ _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 _PIECE_BYTES = 1 << 20
 _PARTIAL = 206
+_MAX_STAGE_BYTES = 1 << 40
 # too slow, broken, not open yet, a full disk, a proxy that lost its server: what a restart or a moment may mend
 _WORTH_ANOTHER_TRY = (408, 500, 502, 503, 504, 507)
 _DAMAGED = ("tampered", "broken-off")
@@ -62,17 +64,25 @@ class Federation(Protocol):
         """What to do next; may take a while to answer. A device that was started anew names another process."""
         ...
 
-    def pull(self, round: int, *, whole: bool = False) -> dict[str, torch.Tensor]:
-        """The round's global stage, by canonical name.
+    def pull(self, round: int, *, whole: bool = False, max_bytes: int) -> dict[str, torch.Tensor]:
+        """The round's global stage as it travels, by the names in its payload.
 
         Args:
             round: the open one.
+            max_bytes: that it may have once it is decompressed.
             whole: also what does not travel in every round, for a client that has no values of its own.
         """
         ...
 
-    def push(self, round: int, update: Mapping[str, torch.Tensor], report: DeviceReport) -> None:
-        """Hand in the round's update; returns once it is safe."""
+    def push(
+        self,
+        round: int,
+        payload: Mapping[str, torch.Tensor],
+        report: DeviceReport,
+        *,
+        zstd: Zstd | None = None,
+    ) -> None:
+        """Hand in the round's update as it travels, compressed where that is worth it; returns once it is safe."""
         ...
 
     def progress(self, report: ProgressReport) -> None:
@@ -142,7 +152,9 @@ class HttpFederation:
         fields = {"process": process} if process else None
         return Instruction.model_validate_json(self._ask("GET", "/v1/instruction", fields=fields).data)
 
-    def pull(self, round: int, *, whole: bool = False) -> dict[str, torch.Tensor]:
+    def pull(
+        self, round: int, *, whole: bool = False, max_bytes: int = _MAX_STAGE_BYTES
+    ) -> dict[str, torch.Tensor]:
         """The round's global stages; a transfer that breaks off is taken up again where it did."""
         path = f"/v1/rounds/{round}/stage" + ("?whole=true" if whole else "")
         received = _Received()
@@ -161,19 +173,26 @@ class HttpFederation:
                 time.sleep(_FIRST_PAUSE_S)
             finally:
                 response.close()
-        return load(received.body())
+        return read_body(received.body(), is_compressed=received.is_compressed, max_bytes=max_bytes)
 
-    def push(self, round: int, update: Mapping[str, torch.Tensor], report: DeviceReport) -> None:
+    def push(
+        self,
+        round: int,
+        payload: Mapping[str, torch.Tensor],
+        report: DeviceReport,
+        *,
+        zstd: Zstd | None = None,
+    ) -> None:
         """Hand in the round's update, with its report in the file's metadata.
 
         Sent again until it is acknowledged; the coordinator knows what it has already.
         """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in update.items()}
-        body = save(tensors, metadata={"report": report.model_dump_json()})
+        body, is_compressed = update_body(payload, report, zstd)
         digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
-        self._ask(
-            "PUT", f"/v1/rounds/{round}/update", body=body, headers={"content-digest": f"sha-256=:{digest}:"}
-        )
+        headers = {"content-digest": f"sha-256=:{digest}:"}
+        if is_compressed:
+            headers["content-encoding"] = CONTENT_ENCODING
+        self._ask("PUT", f"/v1/rounds/{round}/update", body=body, headers=headers)
 
     def progress(self, report: ProgressReport) -> None:
         """Say how far this client is; not worth a second attempt."""
@@ -257,6 +276,7 @@ class _Received:
         self._total: int | None = None
         self._tag = ""
         self.num_bytes = 0
+        self.is_compressed = False
 
     @property
     def is_whole(self) -> bool:
@@ -265,15 +285,19 @@ class _Received:
 
     def headers(self) -> dict[str, str]:
         """Ask for the rest, or for all of it if it has changed."""
-        return {"range": f"bytes={self.num_bytes}-", "if-range": self._tag} if self.num_bytes else {}
+        headers = {"accept-encoding": CONTENT_ENCODING}
+        if self.num_bytes:
+            headers |= {"range": f"bytes={self.num_bytes}-", "if-range": self._tag}
+        return headers
 
     def take(self, response: urllib3.BaseHTTPResponse) -> None:
         """Read on."""
         if response.status != _PARTIAL:
             self._parts, self.num_bytes = [], 0
         self._tag = response.headers.get("etag", "")
+        self.is_compressed = response.headers.get("content-encoding", "") == CONTENT_ENCODING
         self._total = self.num_bytes + int(response.headers["content-length"])
-        while part := response.read1(_PIECE_BYTES):
+        while part := response.read1(_PIECE_BYTES, decode_content=False):
             self._parts.append(part)
             self.num_bytes += len(part)
 

@@ -24,8 +24,9 @@ from starlette.requests import ClientDisconnect
 
 from fedmp.coordinator.guard import Limits
 from fedmp.errors import RefusedError
+from fedmp.updates import CONTENT_ENCODING
 
-__all__ = ["read_message", "stream_to_file"]
+__all__ = ["content_encoding", "read_message", "stream_to_file"]
 
 Message = TypeVar("Message", bound=BaseModel)
 
@@ -100,6 +101,22 @@ async def read_message(request: Request, kind: type[Message], limits: Limits) ->
             status=422,
             reason="malformed",
         ) from error
+
+
+def content_encoding(request: Request) -> str:
+    """How a body is compressed: "zstd", or "identity" for not at all.
+
+    Raises:
+        RefusedError: in any other way.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", CONTENT_ENCODING):
+        raise RefusedError(
+            f"a body is compressed by {CONTENT_ENCODING} or not at all, not by {encoding[:40]!r}",
+            status=415,
+            reason="unknown-encoding",
+        )
+    return encoding
 
 
 def _announced_digest(request: Request) -> bytes:

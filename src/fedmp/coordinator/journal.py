@@ -1,7 +1,8 @@
 """The journal of a round: every update is a checked safetensors file before it is acknowledged.
 
 Uploads arrive in any order, one device at a time. A client counts once all of its devices' are there.
-The files are mapped, not read, so aggregation needs memory for about one tensor.
+They are kept as they came, transformed, and the files are mapped, not read: a tensor is decoded when the
+aggregator asks for it, so aggregation needs memory for about one.
 
 A round's folder holds the updates that started from its model, whenever they arrive, and the stages that they
 start from; it stays while a client that is late needs it. Which updates a round takes is written down before
@@ -19,6 +20,7 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from fedmp.coordinator.disk import disk_errors
 from fedmp.errors import RefusedError
 from fedmp.graph import StateSpec
 from fedmp.records import DeviceReport
+from fedmp.updates import Channel, Decoded, PayloadError, decompress
 
 __all__ = ["Journal"]
 
@@ -46,11 +49,20 @@ class Journal:
     Args:
         folder: of the whole job's journal; a round's files lie in a folder of their own below it.
         specs: of every tensor of the model.
+        uplink, downlink: how updates come in and global stages go out; None as they are.
     """
 
-    def __init__(self, folder: Path, specs: Mapping[str, StateSpec]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        specs: Mapping[str, StateSpec],
+        *,
+        uplink: Channel | None = None,
+        downlink: Channel | None = None,
+    ) -> None:
         self._folder = folder
-        self._specs = specs
+        self._uplink = uplink or Channel((), specs, seed=0)
+        self._downlink = downlink or Channel((), specs, seed=0, direction="down")
         self._round = 0
         self._late: dict[str, int] = {}
         self._is_sealed = False
@@ -133,7 +145,7 @@ class Journal:
                 for path in self._paths(client):
                     rank = int(path.name.split(".")[-2])
                     wanted = names[rank] if rank < len(names) else ()
-                    generations[client, rank] = self._read(path, wanted).generation
+                    generations[client, rank] = self._read(path, client, wanted).generation
                     arrived_ns[client] = max(arrived_ns[client], path.stat().st_mtime_ns)
             except (RefusedError, OSError):  # of another plan, perhaps
                 for path in self._paths(client):
@@ -146,15 +158,23 @@ class Journal:
         self._path(client, rank).unlink(missing_ok=True)
 
     def global_stage(
-        self, names: Sequence[str], state: Mapping[str, torch.Tensor], key: str, *, client: str = ""
+        self,
+        names: Sequence[str],
+        state: Mapping[str, torch.Tensor],
+        key: str,
+        *,
+        client: str = "",
+        compressed: bool = False,
     ) -> Path:
-        """The file of a global stage, written when first asked for.
+        """The file of a global stage as it goes out, written when first asked for.
 
         Args:
             names: its tensors.
             state: the present global model.
             key: names the stage; equal stages of several clients share a file.
             client: who asks; one that is late gets the stage that it started from.
+            compressed: for a device that can undo it; the file's suffix is `.zst` then, if the job's downlink
+                has `Zstd` and it is worth it.
 
         Raises:
             RefusedError: the round is closed, and nobody goes on with it.
@@ -162,22 +182,58 @@ class Journal:
         round = self._late.get(client, self._round)
         path = self._folder_of(round) / f"global-{key}.safetensors"
         with self._writing:
-            if path.exists():
-                return path
-            if round == self._round and not self._is_sealed:
-                _write_atomically(path, lambda part: save_file({name: state[name] for name in names}, part))
-                return path
-            model = self._folder_of(round) / _MODEL
-            if not model.exists():
-                raise RefusedError(f"round {round} is over", status=409, reason="wrong-round")
-            with safe_open(model, framework="pt") as kept:
-                tensors = {name: kept.get_tensor(name) for name in names}
-            _write_atomically(path, lambda part: save_file(tensors, part))
+            if not path.exists():
+                tensors = self._started_from(round, names, state)
+                payload, _ = self._downlink.encode(tensors, {}, sender="", round=round)
+                _write_atomically(path, lambda part: save_file(payload, part))
+            return self._compressed(path) if compressed else path
+
+    def _started_from(
+        self, round: int, names: Sequence[str], state: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Tensors of the global model that a round started from."""
+        if round == self._round and not self._is_sealed:
+            return {name: state[name] for name in names}
+        model = self._folder_of(round) / _MODEL
+        if not model.exists():
+            raise RefusedError(f"round {round} is over", status=409, reason="wrong-round")
+        with safe_open(model, framework="pt") as kept:
+            return {name: kept.get_tensor(name) for name in names}
+
+    def _compressed(self, path: Path) -> Path:
+        zstd = self._downlink.chain.zstd
+        if zstd is None:
             return path
+        small = path.with_suffix(".zst")
+        if not small.exists():
+            body = zstd.compress(path.read_bytes())
+            # empty if it is not worth it, so that this is found out once
+            _write_atomically(small, partial(_write, body or b""))
+        return small if small.stat().st_size else path
 
     def temporary(self, client: str, rank: int) -> Path:
         """Where to stream an upload before it is checked; another place each time."""
         return self._path(client, rank).parent / f".{client}.{rank}.{uuid.uuid4().hex}.part"
+
+    def unpack(self, part: Path, client: str, rank: int, *, max_bytes: int) -> Path:
+        """Decompress a streamed upload; returns the new file, in a temporary place as the old one.
+
+        Raises:
+            RefusedError: it is not compressed by Zstandard, or has more than `max_bytes`.
+        """
+        unpacked = self.temporary(client, rank)
+        try:
+            with part.open("rb") as packed, unpacked.open("wb") as file:
+                for piece in decompress(iter(lambda: packed.read(_PIECE), b""), max_bytes=max_bytes):
+                    file.write(piece)
+        except PayloadError as error:
+            unpacked.unlink(missing_ok=True)
+            status = 413 if error.reason == "too-long" else 422
+            raise RefusedError(str(error), status=status, reason=error.reason) from error
+        except OSError:
+            unpacked.unlink(missing_ok=True)
+            raise
+        return unpacked
 
     def accept(
         self, part: Path, client: str, rank: int, names: Sequence[str], *, generation: str = ""
@@ -194,7 +250,7 @@ class Journal:
             RefusedError: it is not a safetensors file, or holds anything but finite tensors of the
                 right names, shapes and dtypes, or no valid report.
         """
-        report = self._read(part, names)
+        report = self._read(part, client, names)
         if generation and report.generation != generation:
             raise RefusedError(
                 f"this update was made by generation {report.generation or 'none'!r} of {client}'s pipeline, "
@@ -222,13 +278,14 @@ class Journal:
             return None
         bodies = [safe_open(path, framework="pt") for path in paths]
         reports = tuple(DeviceReport.model_validate_json(body.metadata()["report"]) for body in bodies)
-        return ClientUpdate(client, self._late.get(client, self._round), _Files(bodies), reports)
+        round = self._late.get(client, self._round)
+        return ClientUpdate(client, round, Decoded(_Files(bodies), self._uplink, client, round), reports)
 
-    def _read(self, path: Path, names: Sequence[str]) -> DeviceReport:
+    def _read(self, path: Path, client: str, names: Sequence[str]) -> DeviceReport:
         """Check a file from the first byte to the last; returns its report."""
         try:
             with safe_open(path, framework="pt") as body:
-                self._check(body, names)
+                self._check(body, client, names)
                 report = DeviceReport.model_validate_json((body.metadata() or {}).get("report", ""))
         except SafetensorError as error:
             raise RefusedError(
@@ -243,25 +300,22 @@ class Journal:
         _check_report(report)
         return report
 
-    def _check(self, body: safe_open, names: Sequence[str]) -> None:
+    def _check(self, body: safe_open, client: str, names: Sequence[str]) -> None:
         got = set(body.keys())
-        if got != set(names):
-            missing, unknown = sorted(set(names) - got)[:5], sorted(got - set(names))[:5]
+        wanted = {part for name in names for part in self._uplink.parts(name)}
+        if got != wanted:
+            missing, unknown = sorted(wanted - got)[:5], sorted(got - wanted)[:5]
             raise RefusedError(
-                f"an update of this device's stages has {len(names)} tensors; missing {missing}, unknown {unknown}",
+                f"an update of this device's stages has {len(wanted)} tensors; missing {missing}, unknown {unknown}",
                 status=422,
                 reason="wrong-tensors",
             )
+        round = self._late.get(client, self._round)
         for name in names:
-            tensor, spec = body.get_tensor(name), self._specs[name]
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise RefusedError(
-                    f"{name} must be {spec.dtype} {spec.shape}, not {tensor.dtype} {tuple(tensor.shape)}",
-                    status=422,
-                    reason="wrong-shape-or-dtype",
-                )
-            if tensor.dtype.is_floating_point and not _is_finite(tensor):
-                raise RefusedError(f"{name} holds NaN or infinity", status=422, reason="not-finite")
+            try:
+                self._uplink.check(name, body.get_tensor, sender=client, round=round)
+            except PayloadError as error:
+                raise RefusedError(str(error), status=422, reason=error.reason) from error
 
     def _sweep(self) -> None:
         """Delete what nobody needs any more."""
@@ -306,11 +360,6 @@ class _Files(Mapping[str, torch.Tensor]):
         return len(self._home)
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """A piece at a time: stays within the cache, and needs no memory of the tensor's size."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_PIECE))
-
-
 def _check_report(report: DeviceReport) -> None:
     """Refuse what would spoil the round's weights or sums."""
     if not 0 < report.num_examples <= _MAX_EXAMPLES:
@@ -326,6 +375,10 @@ def _check_report(report: DeviceReport) -> None:
     )
     if not all(map(math.isfinite, sums)):
         raise RefusedError("the update's report holds NaN or infinity", status=422, reason="not-finite")
+
+
+def _write(body: bytes, path: Path) -> None:
+    path.write_bytes(body)
 
 
 def _flush(path: Path) -> None:

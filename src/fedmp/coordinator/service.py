@@ -25,7 +25,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from fedmp.coordinator.board import Board
-from fedmp.coordinator.border import read_message, stream_to_file
+from fedmp.coordinator.border import content_encoding, read_message, stream_to_file
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.guard import Limits
 from fedmp.coordinator.journal import Journal
@@ -43,6 +43,7 @@ from fedmp.records import (
     Ready,
     Receipt,
 )
+from fedmp.updates import CONTENT_ENCODING
 
 __all__ = ["CoordinatorService"]
 
@@ -219,32 +220,44 @@ class CoordinatorService:
                     self._model.handed_out,
                     f"{member.stage_key}-whole" if whole else member.stage_key,
                     client=member.client,
+                    compressed=CONTENT_ENCODING in request.headers.get("accept-encoding", ""),
                 )
             num_bytes = path.stat().st_size
         except OSError as error:
             self._check_round(round, member)  # it may have closed, and its folder be gone
             raise _full(error) from error
         self._board.sent(num_bytes)
-        return FileResponse(path, media_type="application/octet-stream")
+        headers = {"content-encoding": CONTENT_ENCODING} if path.suffix == ".zst" else {}
+        return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
     async def push(self, request: Request, round: int) -> Receipt:
         """Take the asking device's update into the journal."""
         member = self._member(request)
         self._check_round(round, member)
-        part = self._journal.temporary(member.client, member.rank)
+        is_packed = content_encoding(request) == CONTENT_ENCODING
+        parts = [self._journal.temporary(member.client, member.rank)]
         try:
             num_bytes = await stream_to_file(
-                request, part, max_bytes=member.max_update_bytes, limits=self._limits
+                request, parts[0], max_bytes=member.max_update_bytes, limits=self._limits
             )
             async with self._taking[member]:  # a retry may arrive beside the upload that it repeats
-                await self._take(part, member, round, num_bytes)
+                if is_packed:
+                    parts.append(await self._unpack(parts[0], member))
+                await self._take(parts[-1], member, round, num_bytes)
         except OSError as error:
             self._check_round(round, member)  # it may have closed, and its folder be gone
             raise _full(error) from error
         finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            for part in parts:
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
         return Receipt(round=round, num_bytes=num_bytes)
+
+    async def _unpack(self, part: Path, member: Member) -> Path:
+        async with self._checking:
+            return await run_in_threadpool(
+                self._journal.unpack, part, member.client, member.rank, max_bytes=member.max_update_bytes
+            )
 
     async def _take(self, part: Path, member: Member, round: int, num_bytes: int) -> None:
         self._check_round(round, member)

@@ -19,7 +19,7 @@ __all__ = ["agreement_of", "check_agreement", "job_name"]
 _KEYS = (
     *("model", "task", "schedule", "strategy", "optimizer", "learning_rate"),
     *("leaves", "cuts", "pipeline", "rounds", "batch_size", "num_microbatches", "accumulate_batches"),
-    *("max_gradient_norm", "seed", "federated_evaluation"),
+    *("transforms", "downlink", "max_gradient_norm", "seed", "federated_evaluation"),
 )
 
 

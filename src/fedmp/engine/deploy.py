@@ -31,7 +31,7 @@ from fedmp.engine.attendance import Attendance, Patience
 from fedmp.engine.job import Job
 from fedmp.engine.plan_book import PlanBook
 from fedmp.engine.prepare import Prepared, prepare_without_clients_data
-from fedmp.engine.session import Outcome, Session, Timelines, round_settings, run_session
+from fedmp.engine.session import Outcome, Session, Timelines, make_journal, round_settings, run_session
 from fedmp.errors import ConfigError, FedmpError, RefusedError, RoundError
 from fedmp.identity import CredentialStore
 from fedmp.records import JobOffer, Note
@@ -142,9 +142,8 @@ class DeployEngine(Component):
         Raises:
             FedmpError: a device failed, a round did not close in time, or the disk is full.
         """
-        prepared = session.prepared
         board = Board({}, joins=True, attempts=self.attempts)
-        journal = Journal(session.journal_folder, prepared.graph.state)
+        journal = make_journal(session)
         settings = round_settings(session)
         attendance = self._attendance(session, board, journal, settings)
         clients = _Attending(

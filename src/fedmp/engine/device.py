@@ -219,6 +219,8 @@ def _prepare(
         task=job.task,
         work=local_work(job, plan, job.strategy.scope(known.graph.state)),
         options=job.pipeline.options(),
+        uplink=job.uplink_channel(known.graph.state),
+        downlink=job.downlink_channel(known.graph.state),
         state_folder=settings.state_folder / offer.job,
         record_timeline=offer.record_timeline,
         host=settings.host,

@@ -24,10 +24,12 @@ class Held:
     Attributes:
         update: made already, from the model that the client began with.
         left_s: simulated seconds after the present round until it arrives.
+        num_bytes: that it takes then.
     """
 
     update: ClientUpdate
     left_s: float
+    num_bytes: int = 0
 
 
 class HeldUpdates:
@@ -53,9 +55,9 @@ class HeldUpdates:
                 part = path.with_name(f".{path.name}.part")
                 save_file(tensors, part, metadata={"reports": reports})
                 part.replace(path)
-        left_s = {client: [late.update.round, late.left_s] for client, late in held.items()}
+        rows = {client: [late.update.round, late.left_s, late.num_bytes] for client, late in held.items()}
         part = self._list(round).with_suffix(".part")
-        part.write_text(json.dumps(left_s))
+        part.write_text(json.dumps(rows))
         part.replace(self._list(round))
 
     def load(self, round: int, late: Mapping[str, int]) -> dict[str, Held]:
@@ -71,9 +73,9 @@ class HeldUpdates:
         if not late:
             return {}
         try:
-            left_s = json.loads(self._list(round).read_text())
+            rows = json.loads(self._list(round).read_text())
             return {
-                client: Held(self._read(client, begun), left_s[client][1]) for client, begun in late.items()
+                client: Held(self._read(client, begun), *rows[client][1:]) for client, begun in late.items()
             }
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ResumeError(

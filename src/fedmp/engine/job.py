@@ -16,7 +16,7 @@ from fedmp.attacks import Attack
 from fedmp.clock import Clock
 from fedmp.data import IID, ArrayData, DataSource, Split
 from fedmp.errors import ConfigError
-from fedmp.graph import CutRules
+from fedmp.graph import CutRules, StateSpec
 from fedmp.learning_rate import Constant, LearningRate
 from fedmp.partition import Partitioner
 from fedmp.partition.api import Costs
@@ -26,6 +26,7 @@ from fedmp.schedule import OneFOneB, PlacedSchedule, Schedule
 from fedmp.strategy import FedAvg, Strategy
 from fedmp.tasks import CrossEntropy, Task
 from fedmp.topology import Topology
+from fedmp.updates import Channel
 
 __all__ = ["Centralized", "Engine", "Job", "OptimizerFactory", "Result", "default_optimizer"]
 
@@ -68,6 +69,9 @@ class Job:
             `functools.partial(torch.optim.SGD, lr=0.1)`.
         learning_rate: how the client optimizer's rate changes over the run; holds for centralized
             training as well.
+        transforms: of clients' updates on their way to the coordinator, in order, such as
+            `(TopK(fraction=0.01), Int8(), Zstd())`; see `fedmp.updates`.
+        downlink: of global stages on their way to the clients, such as `(BFloat16(),)`.
         server_optimizer: makes the optimizer that follows the pseudo-gradient; None averages.
         partitioner: "uniform", "balanced", "exact", or an object with a `plan` method.
         schedule: of the pipeline.
@@ -103,6 +107,8 @@ class Job:
     aggregator: Aggregator = field(default_factory=WeightedMean)
     optimizer: OptimizerFactory = default_optimizer
     learning_rate: LearningRate = field(default_factory=Constant)
+    transforms: tuple[Any, ...] = ()
+    downlink: tuple[Any, ...] = ()
     server_optimizer: OptimizerFactory | None = None
     partitioner: str | Partitioner = "balanced"
     schedule: Schedule | PlacedSchedule = field(default_factory=OneFOneB)
@@ -132,6 +138,8 @@ class Job:
             raise ConfigError(
                 f"max_gradient_norm is {self.max_gradient_norm}; it must be above 0, or null for no clipping"
             )
+        self.uplink_channel({})
+        self.downlink_channel({})
         if self.attack is not None:
             self.attack.attackers([client.name for client in self.topology.clients], seed=self.seed)
         devices = {f"{client.name}/{d.name}" for client in self.topology.clients for d in client.devices}
@@ -158,6 +166,28 @@ class Job:
         state = optimizer.state.get(parameter, {}).values()
         held = sum(value.numel() for value in state if isinstance(value, torch.Tensor) and value.dim() > 0)
         return held / parameter.numel()
+
+    def uplink_channel(self, specs: Mapping[str, StateSpec]) -> Channel:
+        """How updates travel.
+
+        Args:
+            specs: of the tensors that may.
+
+        Raises:
+            ConfigError: `transforms` are not in order.
+        """
+        return Channel(self.transforms, specs, seed=self.seed)
+
+    def downlink_channel(self, specs: Mapping[str, StateSpec]) -> Channel:
+        """How global stages travel.
+
+        Args:
+            specs: of the tensors that may.
+
+        Raises:
+            ConfigError: `downlink` has what is not for global stages.
+        """
+        return Channel(self.downlink, specs, seed=self.seed, direction="down")
 
     def source(self) -> DataSource:
         """The data source, whichever way the data were given."""

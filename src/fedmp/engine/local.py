@@ -12,11 +12,11 @@ from pydantic import Field
 
 from fedmp.client import DeviceSpec
 from fedmp.component import Component
-from fedmp.coordinator import Board, CoordinatorService, Journal, Member, RemoteClients, check_address
+from fedmp.coordinator import Board, CoordinatorService, Member, RemoteClients, check_address
 from fedmp.engine.fleet import Fleet
 from fedmp.engine.job import Job
 from fedmp.engine.prepare import ClientSetup, Prepared, part_of, prepare
-from fedmp.engine.session import Outcome, Session, Timelines, round_settings, run_session
+from fedmp.engine.session import Outcome, Session, Timelines, make_journal, round_settings, run_session
 
 __all__ = ["LocalEngine"]
 
@@ -83,7 +83,7 @@ class LocalEngine(Component):
         """
         prepared = session.prepared
         board = Board({}, attempts=self.attempts if self.heal else 1)
-        journal = Journal(session.journal_folder, prepared.graph.state)
+        journal = make_journal(session)
         timelines = Timelines()
 
         with CoordinatorService(board, journal, session.model, host=self.host, port=self.port) as service:
@@ -138,6 +138,8 @@ class LocalEngine(Component):
             task=prepared.job.task,
             work=setup.work,
             options=prepared.job.pipeline.options(),
+            uplink=prepared.job.uplink_channel(prepared.graph.state),
+            downlink=prepared.job.downlink_channel(prepared.graph.state),
             state_folder=state_folder,
             record_timeline=prepared.job.trace or member.client == next(iter(prepared.clients)),
             host=self.host,

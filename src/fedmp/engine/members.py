@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from fedmp.coordinator import Member
 from fedmp.engine.prepare import ClientSetup, Prepared
-from fedmp.stages import StageBlueprint
 
 __all__ = ["members_of", "members_of_client"]
 
@@ -34,20 +33,23 @@ def _member(
     blueprints = [setup.blueprints[stage] for stage in stages]
     names = tuple(dict.fromkeys(name for blueprint in blueprints for name in blueprint.state))
     pulled = (*names, *setup.received(blueprints))
+    pushed = tuple(name for blueprint in blueprints for name in setup.shared(blueprint))
     return Member(
         client=setup.name,
         device=device,
         rank=rank,
         stages=stages,
         pulled=pulled,
-        pushed=tuple(name for blueprint in blueprints for name in setup.shared(blueprint)),
+        pushed=pushed,
         stage_key=hashlib.sha256("\n".join(pulled).encode()).hexdigest()[:16],
-        max_update_bytes=sum(map(_max_bytes, blueprints)) + (4 << 20),
+        max_update_bytes=_max_bytes(prepared, pushed) + (4 << 20),
         plan=setup.plan.digest,
         scope=setup.work.scope,
     )
 
 
-def _max_bytes(blueprint: StageBlueprint) -> int:
-    """The stage's tensors, and room for names, shapes and the report."""
-    return sum(spec.num_bytes + 1024 for spec in blueprint.state.values())
+def _max_bytes(prepared: Prepared, pushed: tuple[str, ...]) -> int:
+    """What an update of these tensors becomes on its way, and room for names, shapes and the report."""
+    channel = prepared.job.uplink_channel(prepared.graph.state)
+    parts = [part for name in pushed for part in channel.parts(name).values()]
+    return sum(part.num_bytes + 1024 for part in parts)

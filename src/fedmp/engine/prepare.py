@@ -86,15 +86,6 @@ class ClientSetup:
         """Names of the server's slots that come with the stages."""
         return _received(self.work, blueprints)
 
-    def bytes_in(self, round: int, *, whole: bool) -> tuple[int, int]:
-        """Bytes of tensors that its stages pull and push in a round.
-
-        Args:
-            round: its number.
-            whole: the client has no values of its own yet.
-        """
-        return _bytes_in(self.work, self.blueprints, round, whole=whole)
-
     def examples_in(self, round: int) -> int:
         """Samples that it processes in one round."""
         return self.work.of_round(self.name, round).num_examples(len(self.own_samples))
@@ -211,7 +202,7 @@ def cut_by(prepared: Prepared, setup: ClientSetup, plan: Plan, devices: Sequence
         client=setup.client.model_copy(update={"devices": tuple(devices)}),
         plan=plan,
         blueprints=blueprints,
-        moved=_moved(setup.work, plan, blueprints),
+        moved=_moved(prepared.job, prepared.graph, setup.work, plan, blueprints),
         work=local_work(prepared.job, plan, setup.work.scope),
         round_samples=0,
         predicted_s=0.0,
@@ -228,7 +219,8 @@ def set_up_client(job: Job, graph: LayerGraph, model: nn.Module, client: Client)
     plan = _plan(job, graph, model, client)
     blueprints = draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
     work = local_work(job, plan, job.strategy.scope(graph.state))
-    return ClientSetup(client, plan, blueprints, _moved(work, plan, blueprints), work, None, 0, 0.0)
+    moved = _moved(job, graph, work, plan, blueprints)
+    return ClientSetup(client, plan, blueprints, moved, work, None, 0, 0.0)
 
 
 def local_work(job: Job, plan: Plan, scope: Scope) -> LocalWork:
@@ -388,25 +380,22 @@ def _received(work: LocalWork, blueprints: Sequence[StageBlueprint]) -> tuple[st
     return tuple(received_name(slot, name) for slot in slots for name in names)
 
 
-def _bytes_in(
-    work: LocalWork, blueprints: Sequence[StageBlueprint], round: int, *, whole: bool
-) -> tuple[int, int]:
-    down = up = 0
-    for blueprint in blueprints:
-        sizes = {name: spec.num_bytes for name, spec in blueprint.state.items()}
-        down += sum(sizes[name] for name in work.scope.pulled(sizes, round, whole=whole))
-        down += sum(sizes[name.partition("/")[2]] for name in _received(work, [blueprint]))
-        up += sum(sizes[name] for name in work.scope.pushed(_shared(work, blueprint), round))
-    return down, up
-
-
-def _moved(work: LocalWork, plan: Plan, blueprints: Sequence[StageBlueprint]) -> tuple[DeviceWork, ...]:
-    """Bytes of tensors that each device pulls and pushes in a round; a mean where rounds differ."""
+def _moved(
+    job: Job, graph: LayerGraph, work: LocalWork, plan: Plan, blueprints: Sequence[StageBlueprint]
+) -> tuple[DeviceWork, ...]:
+    """Bytes of tensors, as they travel, that each device pulls and pushes in a round; a mean where rounds differ."""
+    uplink, downlink = job.uplink_channel(graph.state), job.downlink_channel(graph.state)
     cycle = max(1, len(work.scope.fragments))
     moved = []
     for device, stages in zip(plan.devices, plan.placement, strict=True):
-        own = [blueprints[stage] for stage in stages]
-        rounds = [_bytes_in(work, own, round, whole=False) for round in range(2, 2 + cycle)]
-        down, up = (sum(of_round) / cycle for of_round in zip(*rounds, strict=True))
-        moved.append(DeviceWork(device, down, up))
+        down = up = 0
+        for blueprint in (blueprints[stage] for stage in stages):
+            for round in range(2, 2 + cycle):
+                pulled = work.scope.pulled(blueprint.state, round, whole=False)
+                pushed = work.scope.pushed(_shared(work, blueprint), round)
+                down += sum(downlink.num_bytes(name) for name in pulled)
+                up += sum(uplink.num_bytes(name) for name in pushed)
+            slots = _received(work, [blueprint])
+            down += cycle * sum(blueprint.state[name.partition("/")[2]].num_bytes for name in slots)
+        moved.append(DeviceWork(device, down / cycle, up / cycle))
     return tuple(moved)

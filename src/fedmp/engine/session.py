@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from fedmp.coordinator import CheckpointStore, Clients, GlobalModel, Roster, RoundSettings, run_rounds
+from fedmp.coordinator import (
+    CheckpointStore,
+    Clients,
+    GlobalModel,
+    Journal,
+    Roster,
+    RoundSettings,
+    run_rounds,
+)
 from fedmp.engine.attacked import AttackedClients
 from fedmp.engine.prepare import Prepared
 from fedmp.errors import RoundError
@@ -18,7 +26,7 @@ from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
 from fedmp.records import DeviceReport, Observer, RoundRecord, TimedAction
 from fedmp.stages import Stage
 
-__all__ = ["Outcome", "Session", "Timelines", "evaluator", "round_settings", "run_session"]
+__all__ = ["Outcome", "Session", "Timelines", "evaluator", "make_journal", "round_settings", "run_session"]
 
 _EVALUATION_BATCH = 500
 
@@ -115,6 +123,14 @@ def run_session(
             f"safe: make room and resume the run"
         ) from error
     return tuple(records)
+
+
+def make_journal(session: Session) -> Journal:
+    """The coordinator's journal, which knows how the job's updates and global stages travel."""
+    specs, job = session.prepared.graph.state, session.prepared.job
+    return Journal(
+        session.journal_folder, specs, uplink=job.uplink_channel(specs), downlink=job.downlink_channel(specs)
+    )
 
 
 def round_settings(session: Session) -> RoundSettings:

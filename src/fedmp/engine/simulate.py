@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from fedmp.client import LocalRound, StateStore
+from fedmp.client import LocalRound, StateStore, Wire
 from fedmp.component import Component
 from fedmp.coordinator import ClientUpdate, Opening, Trained
 from fedmp.engine.arrivals import Arrivals, predict_arrivals
@@ -19,11 +19,13 @@ from fedmp.engine.job import Job
 from fedmp.engine.prepare import ClientSetup, Prepared, prepare
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
 from fedmp.engine.simulated_time import SimulatedTime
+from fedmp.engine.traffic import Traffic
 from fedmp.errors import ConfigError
 from fedmp.pipeline import BatchResult, StageRunner
 from fedmp.records import Progress, state_key
 from fedmp.schedule import OneFOneB
 from fedmp.stages import Stage
+from fedmp.updates import Decoded
 
 __all__ = ["CohortTrainer", "OneByOne", "SimulateEngine", "SimulatedClients"]
 
@@ -66,14 +68,20 @@ class CohortTrainer(Protocol):
     """A way to train clients in this process."""
 
     def train(
-        self, cohort: Sequence[ClientSetup], *, round: int, states: Mapping[str, str]
+        self,
+        cohort: Sequence[ClientSetup],
+        *,
+        round: int,
+        states: Mapping[str, str],
+        handed_out: Mapping[str, torch.Tensor],
     ) -> Sequence[ClientUpdate]:
-        """Train from the present global model, which stays as it is.
+        """Train from what the coordinator hands out, which stays as it is.
 
         Args:
             cohort: who trains.
             round: seeds the order of the batches.
             states: names what each client kept, from which it starts.
+            handed_out: the global model and what goes with it, as clients receive it.
 
         Returns:
             The clients' updates, in the order of the cohort; each may still be read after later calls.
@@ -105,10 +113,15 @@ class SimulatedClients:
         trainer: CohortTrainer,
         finish_s: Callable[[ClientSetup, int], float] | None = None,
     ) -> None:
+        job, specs = session.prepared.job, session.prepared.graph.state
+        self._session = session
         self._prepared = session.prepared
         self._trainer = trainer
         self._time = SimulatedTime(session)
         self._finish_s = finish_s or self._time.finish_s
+        self._uplink, self._downlink = job.uplink_channel(specs), job.downlink_channel(specs)
+        self._traffic = Traffic(self._uplink, self._downlink)
+        self._states = StateStore(session.state_folder, is_durable=False)
         self._store = HeldUpdates(session.journal_folder / "late")
         self._held: Mapping[str, Held] = self._store.load(session.first_round - 1, session.late)
 
@@ -132,24 +145,44 @@ class SimulatedClients:
         took_part = {*arrivals.counted, *arrivals.left_s}
         begun = [setup for name, setup in clients.items() if name in took_part and name not in opening.late]
         needed = [setup for setup in begun if setup.name not in lost]
-        made = {
-            update.client: update
-            for update in self._trainer.train(needed, round=round, states=opening.states)
-        }
-        updates = {**{client: held.update for client, held in self._held.items()}, **made}
-        self._held = {client: Held(updates[client], left_s) for client, left_s in late.items()}
+        payload, handed_out = self._hand_out(round)
+        made = self._trainer.train(needed, round=round, states=opening.states, handed_out=handed_out)
+        arriving = dict(self._held)
+        for setup, update in zip(needed, made, strict=True):
+            arriving[setup.name] = self._send(setup, update, opening.states.get(setup.name, ""))
+        updates = {client: held.update for client, held in arriving.items()}
+        self._held = {client: replace(arriving[client], left_s=left_s) for client, left_s in late.items()}
         self._store.save(round, self._held)
         counted = [clients[name] for name in clients if name in arrivals.counted]
         return Trained(
             updates=[updates[setup.name] for setup in counted],
             late={client: updates[client].round for client in late},
             sat_out=lost,
-            bytes_up=sum(s.bytes_in(updates[s.name].round, whole=False)[1] for s in counted),
-            bytes_down=sum(s.bytes_in(round, whole=not opening.states.get(s.name))[0] for s in begun),
+            bytes_up=sum(arriving[setup.name].num_bytes for setup in counted),
+            bytes_down=sum(
+                self._traffic.down(s, payload, round=round, is_first=not opening.states.get(s.name))
+                for s in begun
+            ),
             faults=faults,
             recoveries=recoveries,
             simulated_s=arrivals.duration_s,
         )
+
+    def _hand_out(self, round: int) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        """What clients may pull as it travels, and as they have it then."""
+        whole = self._session.model.handed_out
+        payload, _ = self._downlink.encode(whole, {}, sender="", round=round)
+        return payload, Wire("", self._uplink, self._downlink).unpack(payload, round=round)
+
+    def _send(self, setup: ClientSetup, update: ClientUpdate, base: str) -> Held:
+        """An update as the coordinator will have it, and its bytes on the way there."""
+        wire, round = Wire(setup.name, self._uplink, self._downlink), update.round
+        state = self._states.load(setup.name, base, wanted=Wire.concerns) if wire.keeps_state else {}
+        payload, state = wire.pack(update, state, round=round)
+        self._states.save(setup.name, state_key(round), "sent", state, base=base)
+        if not self._uplink.is_plain:
+            update = replace(update, tensors=Decoded(payload, self._uplink, setup.name, round))
+        return Held(update, 0.0, self._traffic.up(setup, payload))
 
     def unreachable(self) -> frozenset[str]:
         """Clients that are away by the job's clock."""
@@ -191,14 +224,18 @@ class OneByOne:
         self._store = StateStore(session.state_folder, is_durable=False)
 
     def train(
-        self, cohort: Sequence[ClientSetup], *, round: int, states: Mapping[str, str]
+        self,
+        cohort: Sequence[ClientSetup],
+        *,
+        round: int,
+        states: Mapping[str, str],
+        handed_out: Mapping[str, torch.Tensor],
     ) -> list[ClientUpdate]:
         """Train each client of the cohort in turn.
 
         Raises:
             TrainingError: a client's loss is not finite.
         """
-        handed_out = self._session.model.handed_out
         return [self._train(setup, round, handed_out, states.get(setup.name, "")) for setup in cohort]
 
     def _train(

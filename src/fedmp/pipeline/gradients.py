@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,8 +12,9 @@ from fedmp.pipeline.links import StepId
 from fedmp.pipeline.transport import Pending, Transport
 from fedmp.stages import Stage
 
-__all__ = ["Exchange", "clip_gradients", "sum_tied_gradients"]
+__all__ = ["Exchange", "clip_gradients", "sum_over_stages", "sum_tied_gradients"]
 
+_GRADIENTS, _OTHER = 0, 1  # numbers that tell sums of one round apart
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
@@ -130,9 +131,7 @@ def clip_gradients(stages: Sequence[Stage], exchange: Exchange, max_norm: float)
     if not max_norm > 0:
         raise ValueError(f"max_norm must be above 0, not {max_norm}")
     own = {stage.blueprint.index: _square_sum(stage) for stage in stages}
-    wanted = sorted(stage for group in exchange.placement for stage in group)
-    squares = exchange.swap(FrameKind.NORM, 0, own, wanted)
-    norm = math.sqrt(sum(float(squares[stage]) for stage in wanted))
+    norm = math.sqrt(_sum(own, exchange, _GRADIENTS))
     scale = max_norm / (norm + _EPSILON)
     if scale < 1:
         clipped: set[int] = set()
@@ -142,6 +141,24 @@ def clip_gradients(stages: Sequence[Stage], exchange: Exchange, max_norm: float)
                     parameter.grad.mul_(scale)
                     clipped.add(id(parameter))
     return norm
+
+
+def sum_over_stages(own: Mapping[int, float], exchange: Exchange) -> float:
+    """The sum of a number of each stage, added in stage order.
+
+    Args:
+        own: of this device's stages, by index.
+        exchange: to the other devices.
+    """
+    return _sum(
+        {stage: torch.tensor(number, dtype=torch.float64) for stage, number in own.items()}, exchange, _OTHER
+    )
+
+
+def _sum(own: dict[int, torch.Tensor], exchange: Exchange, number: int) -> float:
+    wanted = sorted(stage for group in exchange.placement for stage in group)
+    everything = exchange.swap(FrameKind.NORM, number, own, wanted)
+    return sum(float(everything[stage]) for stage in wanted)
 
 
 def _square_sum(stage: Stage) -> torch.Tensor:

@@ -8,7 +8,7 @@ that of the whole batch for every batch size and every number of micro-batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from fedmp.errors import PipelineError
 from fedmp.pipeline.clock import Clock
 from fedmp.pipeline.evaluation import Evaluation
-from fedmp.pipeline.gradients import clip_gradients, sum_tied_gradients
+from fedmp.pipeline.gradients import clip_gradients, sum_over_stages, sum_tied_gradients
 from fedmp.pipeline.inbox import messages_in_training
 from fedmp.pipeline.links import Handover, StepId
 from fedmp.pipeline.microbatches import BatchResult, MicroBatches
@@ -221,6 +221,20 @@ class DeviceRunner:
             if max_norm is not None:
                 return clip_gradients(self.stages, self._wiring.exchange, max_norm)
         return None
+
+    def sum_over_stages(self, own: Mapping[int, float], *, round: int) -> float:
+        """Add up a number of every stage, in stage order, and so the same on all devices.
+
+        Args:
+            own: the numbers of this device's stages, by index.
+            round: what the frames carry; the same on all devices, and once in a round.
+
+        Raises:
+            PipelineError: a peer is gone, silent, or sent what does not belong here.
+        """
+        with self._working():
+            self._wiring.exchange.begin(StepId(self._generation, round, 0))
+            return sum_over_stages(own, self._wiring.exchange)
 
     def note(self, kind: str, start_s: float) -> None:
         """Tell the observer of something that this device did from `start_s` until now, such as "step"."""

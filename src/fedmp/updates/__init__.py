@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from fedmp.updates.cast import BFloat16, Float16
 from fedmp.updates.chain import Chain
-from fedmp.updates.channel import Channel
+from fedmp.updates.channel import Channel, Decoded
 from fedmp.updates.clip import Clip
 from fedmp.updates.delta import apply_update, difference, trained_names
 from fedmp.updates.low_rank import LowRank
@@ -20,13 +20,15 @@ from fedmp.updates.random_k import RandomK
 from fedmp.updates.sign import Sign
 from fedmp.updates.top_k import TopK
 from fedmp.updates.transform import Encoded, Part, PayloadError, UpdateTransform
-from fedmp.updates.zstd import Zstd
+from fedmp.updates.zstd import CONTENT_ENCODING, Zstd, decompress
 
 __all__ = [
+    "CONTENT_ENCODING",
     "BFloat16",
     "Chain",
     "Channel",
     "Clip",
+    "Decoded",
     "Encoded",
     "Float16",
     "Int4",
@@ -40,6 +42,7 @@ __all__ = [
     "UpdateTransform",
     "Zstd",
     "apply_update",
+    "decompress",
     "difference",
     "trained_names",
 ]

@@ -7,7 +7,7 @@ choice. Only trained parameters are transformed; buffers, frozen parameters and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from fedmp.seeds import derive_seed
 from fedmp.updates.chain import Chain
 from fedmp.updates.transform import Part, PayloadError
 
-__all__ = ["Channel", "State", "is_finite"]
+__all__ = ["Channel", "Decoded", "State", "is_finite"]
 
 State = Mapping[str, torch.Tensor]
 
@@ -65,6 +65,17 @@ class Channel:
         layout = self.chain.layout(part) if self._is_transformed(name) else {"": part}
         return {_payload_name(name, suffix): made for suffix, made in layout.items()}
 
+    def num_bytes(self, name: str) -> int:
+        """The most bytes that one of the model's tensors takes on its way, before entropy coding."""
+        return sum(part.num_bytes for part in self.parts(name).values())
+
+    def name_of(self, payload_name: str) -> str:
+        """The model's tensor that a tensor of a payload tells of."""
+        if payload_name in self._specs:
+            return payload_name
+        name = payload_name.rpartition(":")[0]
+        return name if name in self._specs else payload_name
+
     def encode(
         self,
         tensors: Mapping[str, torch.Tensor],
@@ -84,13 +95,13 @@ class Channel:
             norm: the 2-norm of the client's whole update, where `tensors` are not all of it and the chain clips.
 
         Returns:
-            The payload, and the state to keep for the next round. Tensors' state goes by their names, so
-            that a plan may change between rounds.
+            The payload, and the state to keep for the next round, by SLOT/TENSOR. It goes by the tensor, so that
+            a plan may change between rounds; that of tensors which are not in this payload stays.
         """
         factor = self._factor(tensors, norm)
         own = _by_name(state)
         payload: dict[str, torch.Tensor] = {}
-        kept: dict[str, torch.Tensor] = {}
+        kept = {key: value for key, value in state.items() if key.partition("/")[2] not in tensors}
         for name, tensor in tensors.items():
             if not self._is_transformed(name):
                 payload[name] = tensor
@@ -99,7 +110,7 @@ class Channel:
             seed = self._seed_of(name, sender, round)
             encoded = self.chain.encode(scaled, state=own.get(name, {}), seed=seed)
             payload |= {_payload_name(name, suffix): part for suffix, part in encoded.parts.items()}
-            kept |= {f"{name}:{key}": value for key, value in encoded.state.items()}
+            kept |= {f"{slot}/{name}": value for slot, value in encoded.state.items()}
         return payload, kept
 
     def decode(
@@ -176,6 +187,42 @@ class Channel:
         return derive_seed(self._seed, "transforms", self._direction, sender, round, name)
 
 
+class Decoded(Mapping[str, torch.Tensor]):
+    """The model's tensors that a payload tells of, each decoded when asked for.
+
+    Args:
+        payload: by the names in it; may read each tensor from disk when asked.
+        channel: that it came through.
+        sender, round: as it was encoded with.
+    """
+
+    def __init__(
+        self, payload: Mapping[str, torch.Tensor], channel: Channel, sender: str, round: int
+    ) -> None:
+        self._payload = payload
+        self._names = dict.fromkeys(map(channel.name_of, payload))
+        self._channel = channel
+        self._sender = sender
+        self._round = round
+
+    @property
+    def gives_views(self) -> bool:
+        """Whether reading a tensor costs no memory; tensors that are decoded do."""
+        is_mapped = isinstance(self._payload, dict) or bool(getattr(self._payload, "gives_views", False))
+        return is_mapped and self._channel.chain.is_empty
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._channel.decode(name, self._payload.__getitem__, sender=self._sender, round=self._round)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """A piece at a time: stays within the cache, and needs no memory of the tensor's size."""
     return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_PIECE))
@@ -199,6 +246,6 @@ def _payload_name(name: str, suffix: str) -> str:
 def _by_name(state: State) -> dict[str, dict[str, torch.Tensor]]:
     slots: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
-        name, _, slot = key.rpartition(":")
+        slot, _, name = key.partition("/")
         slots.setdefault(name, {})[slot] = value
     return slots

@@ -67,7 +67,7 @@ def decompress(pieces: Iterable[bytes], *, max_bytes: int) -> Iterator[bytes]:
                 raise PayloadError(f"the body is not compressed by zstd: {error}") from error
             num_bytes += len(out)
             if num_bytes > max_bytes:
-                raise PayloadError(f"the body decompresses to more than {max_bytes} bytes")
+                raise PayloadError(f"the body decompresses to more than {max_bytes} bytes", "too-long")
             if out:
                 yield out
     if not decompressor.eof or decompressor.unused_data:
@@ -83,4 +83,6 @@ def _check_head(head: bytes, max_bytes: int) -> None:
     if announced < 0:
         raise PayloadError("the zstd frame does not announce the length of its content")
     if announced > max_bytes:
-        raise PayloadError(f"the body decompresses to {announced} bytes, at most {max_bytes} are allowed")
+        raise PayloadError(
+            f"the body decompresses to {announced} bytes, at most {max_bytes} are allowed", "too-long"
+        )

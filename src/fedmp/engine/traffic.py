@@ -1,0 +1,94 @@
+"""Bytes that a simulated client's devices would move: of the same bodies as real devices send and receive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fedmp.client import stage_body, update_body
+from fedmp.engine.prepare import ClientSetup
+from fedmp.records import DeviceReport
+from fedmp.updates import Channel
+
+__all__ = ["Traffic"]
+
+_Looks = tuple[tuple[str, torch.dtype, torch.Size], ...]
+
+
+class Traffic:
+    """Counts bodies, each device's by itself.
+
+    Without entropy coding a body's length depends on names, dtypes and shapes alone, and is found out once.
+
+    Args:
+        uplink, downlink: of the job.
+    """
+
+    def __init__(self, uplink: Channel, downlink: Channel) -> None:
+        self._uplink = uplink
+        self._downlink = downlink
+        self._known: dict[tuple[bool, _Looks], int] = {}
+
+    def up(self, setup: ClientSetup, payload: Mapping[str, torch.Tensor]) -> int:
+        """Bytes of a client's update.
+
+        Args:
+            setup: whose; its plan decides which device sends what.
+            payload: the transformed update.
+        """
+        home = {name: rank for rank, names in enumerate(_pushed(setup)) for name in names}
+        bodies: list[dict[str, torch.Tensor]] = [{} for _ in setup.plan.placement]
+        for part, tensor in payload.items():
+            bodies[home[self._uplink.name_of(part)]][part] = tensor
+        return sum(self._length(body, is_update=True) for body in bodies)
+
+    def down(
+        self, setup: ClientSetup, payload: Mapping[str, torch.Tensor], *, round: int, is_first: bool
+    ) -> int:
+        """Bytes of a client's global stages.
+
+        Args:
+            setup: whose.
+            payload: all that clients may pull, transformed.
+            round: about to begin.
+            is_first: the client has no values of its own yet.
+        """
+        of: dict[str, list[str]] = {}
+        for part in payload:
+            of.setdefault(self._downlink.name_of(part), []).append(part)
+        return sum(
+            self._length({part: payload[part] for name in names for part in of[name]}, is_update=False)
+            for names in _pulled(setup, round, is_first=is_first)
+        )
+
+    def _length(self, body: Mapping[str, torch.Tensor], *, is_update: bool) -> int:
+        zstd = (self._uplink if is_update else self._downlink).chain.zstd
+        looks = is_update, tuple((name, tensor.dtype, tensor.shape) for name, tensor in body.items())
+        if zstd is None and looks in self._known:
+            return self._known[looks]
+        made, _ = (
+            update_body(body, DeviceReport(num_examples=1), zstd) if is_update else stage_body(body, zstd)
+        )
+        if zstd is None:
+            self._known[looks] = len(made)
+        return len(made)
+
+
+def _pushed(setup: ClientSetup) -> list[list[str]]:
+    """The tensors that each device of a client owns."""
+    return [
+        [name for stage in stages for name in setup.blueprints[stage].owned]
+        for stages in setup.plan.placement
+    ]
+
+
+def _pulled(setup: ClientSetup, round: int, *, is_first: bool) -> list[tuple[str, ...]]:
+    """The tensors that each device of a client pulls."""
+    pulled = []
+    for stages in setup.plan.placement:
+        blueprints = [setup.blueprints[stage] for stage in stages]
+        names = dict.fromkeys(name for blueprint in blueprints for name in blueprint.state)
+        everything = (*names, *setup.received(blueprints))
+        pulled.append(setup.work.scope.pulled(everything, round, whole=is_first))
+    return pulled
