@@ -112,6 +112,25 @@ def test_a_client_that_is_late_counts_in_the_round_in_which_it_arrives(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_upload_that_is_checked_as_a_round_opens_counts_once_it_is_noted(tmp_path: Path) -> None:
+    """It is in the journal already, but whether it counts is the board's to say."""
+    federation = Federation(tmp_path)
+    federation.train(Opening(1, BOTH, STALE), federation.push("ann", 1))
+    for stage in (0, 1):
+        part = federation.journal.temporary("bob", stage)
+        part.write_bytes(body(update(stage, 7.0)))
+        federation.journal.accept(part, "bob", stage, STAGES[stage])
+    assert federation.board.reported(MEMBERS["bob0"], 1, 5)
+    federation.clients.committed(1)
+    one = FedAvg(fraction=0.5, over_selection=1.0, late="stale").closing(2)
+    trained = federation.train(
+        Opening(2, ("ann",), one, late={"bob": 1}),
+        lambda: federation.board.reported(MEMBERS["bob1"], 1, 5),
+        federation.push("ann", 2),
+    )
+    assert who(trained.updates) == [("bob", 1, 7.0)]
+
+
 def test_a_client_that_is_too_late_sits_out(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     rules = closing(late="stale", min_clients=1, deadline_s=1e-9, max_staleness=2)

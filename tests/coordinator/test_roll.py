@@ -59,7 +59,7 @@ def test_a_late_update_is_taken_while_the_coordinator_aggregates_and_counts_in_t
     assert told(board, "bob0")[0] == "wait"
     assert board.window(3, "bob") == "open"
     assert report(board, "bob", 3) == [True, True]
-    board.open_round(4, ("ann",), {("bob", 0): "", ("bob", 1): ""}, late={"bob": 3})
+    board.open_round(4, ("ann",), late={"bob": 3})
     assert board.finished() == ("bob",)
 
 

@@ -95,7 +95,8 @@ class Board:
         Args:
             round: its number.
             cohort: its clients.
-            reported: updates that are in the journal already: their generation by client and rank.
+            reported: updates that an earlier process of the coordinator left in the journal: their generation by
+                client and rank.
             late: clients that go on with an earlier round: which.
             spare: clients that begin one by one, in this order, as others are done.
             wanted: whole clients that are enough; None for all.

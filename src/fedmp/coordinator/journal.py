@@ -153,9 +153,15 @@ class Journal:
                 generations = {key: value for key, value in generations.items() if key[0] != client}
         return dict(sorted(generations.items(), key=lambda item: arrived_ns[item[0][0]]))
 
-    def discard(self, client: str, rank: int) -> None:
-        """Delete an update: it was made by a pipeline that is no more."""
-        self._path(client, rank).unlink(missing_ok=True)
+    def discard(self, client: str, rank: int, *, part: Path | None = None) -> None:
+        """Delete an update: it was made by a pipeline that is no more, or for a round that is over.
+
+        Args:
+            client, rank: whose it is.
+            part: as which it was streamed; None for one that is in the journal for the client's present round.
+        """
+        path = self._path(client, rank)
+        (path if part is None else part.with_name(path.name)).unlink(missing_ok=True)
 
     def global_stage(
         self,
@@ -259,8 +265,9 @@ class Journal:
                 reason="wrong-generation",
             )
         _flush(part)  # an acknowledged update must survive a loss of power, too
-        os.replace(part, self._path(client, rank))
-        _flush(self._path(client, rank).parent)
+        # beside the part, which was begun when its round took uploads: another one may be open by now
+        os.replace(part, part.with_name(self._path(client, rank).name))
+        _flush(part.parent)
         return report
 
     def has(self, client: str, rank: int) -> bool:

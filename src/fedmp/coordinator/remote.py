@@ -108,7 +108,14 @@ class RemoteClients:
     def _close(self, opening: Opening) -> _Closed:
         """Wait until the round may close, and write down how it does."""
         board, everyone = self._board, (*opening.cohort, *opening.late, *opening.spare)
-        pushed = {client: board.pushed_by(client, opening.begun(client)) for client in everyone}
+        # of clients that the board knows to be late it also knows what is in; an upload that is checked
+        # just now is in the journal a moment before that
+        known = board.training()
+        pushed = {
+            client: board.pushed_by(client, opening.begun(client))
+            for client in everyone
+            if client not in known
+        }
         found = self._journal.found(pushed)
         board.open_round(
             opening.round,

@@ -47,15 +47,17 @@ class Roll:
         Args:
             round: its number.
             cohort: clients that begin with it.
-            reported: updates that are in already; of clients that were complete before, in that order.
+            reported: updates that are in already, of clients that were not on the roll; of those who were complete
+                before, in that order.
             late: clients that go on, by the round that they began with.
             spare: clients that begin one by one as others are done.
             wanted: whole clients that are enough; None for all.
         """
         self._wanted = wanted
         self._round = round
+        known = {key: generation for key, generation in self.reported.items() if key[0] in late}
         self.started = {**late, **dict.fromkeys(cohort, round)}
-        self.reported = dict(reported)
+        self.reported = {**known, **reported}
         self.arrived = []
         self._at_a_time = len(self.started)
         self._spare = list(spare)

@@ -280,7 +280,7 @@ class CoordinatorService:
                 generation=address.generation if address else "",
             )
         if not self._board.reported(member, round, num_bytes, report.generation):
-            self._journal.discard(member.client, member.rank)
+            self._journal.discard(member.client, member.rank, part=part)
             self._check_round(round, member)
             raise RefusedError(
                 "the client's pipeline came up anew while this update was checked",
