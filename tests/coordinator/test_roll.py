@@ -43,6 +43,7 @@ def test_a_late_client_goes_on_with_its_own_round() -> None:
     board.open_round(4, ("ann",), late={"bob": 3})
     assert told(board, "ann0") == ("train", 4)
     assert told(board, "bob0") == ("train", 3)
+    assert board.status().num_late == 1
     assert board.window(3, "bob") == "open"
     assert board.window(4, "bob") == "not in cohort"
     assert board.window(3, "ann") == "over"

@@ -225,6 +225,7 @@ class Board:
                 round=self._instruction.round,
                 cohort=tuple(self._roll.started),
                 num_reported=len(self._roll.finished(self._attempts.given_up)),
+                num_late=sum(begun < self._instruction.round for begun in self._roll.started.values()),
                 silent_s={device: now_s - at_s for device, at_s in self._last_heard_s.items()},
                 bytes_up=self.bytes_up,
                 bytes_down=self.bytes_down,

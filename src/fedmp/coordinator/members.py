@@ -55,6 +55,7 @@ class BoardStatus:
         round: the newest round that was opened; 0 before the first.
         cohort: its clients.
         num_reported: those of which every device has reported.
+        num_late: those that go on with an earlier round.
         silent_s: seconds since each device was last heard, by client and device; none that never was.
         bytes_up, bytes_down: bodies of accepted updates, and of stages handed out.
     """
@@ -63,6 +64,7 @@ class BoardStatus:
     round: int
     cohort: tuple[str, ...]
     num_reported: int
+    num_late: int
     silent_s: Mapping[tuple[str, str], float]
     bytes_up: int
     bytes_down: int

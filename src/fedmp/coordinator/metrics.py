@@ -88,6 +88,9 @@ class Metrics:
         yield GaugeMetricFamily(
             "fedmp_reported_clients", "Those of which every device has reported.", value=status.num_reported
         )
+        yield GaugeMetricFamily(
+            "fedmp_late_clients", "Clients that go on with an earlier round.", value=status.num_late
+        )
         silence = GaugeMetricFamily(
             "fedmp_device_silent_seconds",
             "Since a device was last heard; absent before it ever was.",
