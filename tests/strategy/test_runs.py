@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fedmp import strategy as s
 from fedmp.engine.local import LocalEngine
 from fedmp.errors import ConfigError, ResumeError
 from fedmp.records import Fault
+from tests.support.deployment import Deployment, ends
 from tests.support.jobs import TINY_CNN, TINY_MLP, assert_same, images, run, sgd, tiny_job, topology, weights
 
 # float32, another order of summation (one thread or two) moves weights in the 7th digit
@@ -111,6 +114,31 @@ def test_a_client_planned_anew_goes_on_with_what_its_devices_kept(name: str, tmp
     fault = Fault(device="c1/d1", round=3, kind="kill", phase="between", step=0)
     once = QUICK.model_copy(update={"restarts": 0})
     assert_same(weights(disturbed(name, tmp_path, once, fault)), expected, **FLOAT32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scaffold", "streaming", "fedbn"])
+def test_deployed_devices_go_on_with_what_is_on_their_own_disks(name: str, tmp_path: Path) -> None:
+    """A device is killed in round 3, and the coordinator before it commits round 2."""
+    made = job(name, topology=topology(2, 1))
+    expected = weights(run(made, tmp_path / "expected"))
+    fault = Fault(device="c0/d1", round=3, phase="backward", microbatch=1, kind="kill")
+    with Deployment(tmp_path, made) as federation:
+        others = [own_disk(federation, client, "d0") for client in ("c0", "c1")]
+        doomed = own_disk(federation, "c0", "d1", job=replace(made, faults=(fault,)))
+        assert ends(federation.coordinator(kill_at="before the commit", nth=2)) == -signal.SIGKILL
+        coordinator = federation.coordinator()
+        assert ends(doomed) == -signal.SIGKILL
+        again = own_disk(federation, "c0", "d1")
+        assert [ends(process) for process in (coordinator, again, *others)] == [0] * 4
+        final = federation.final_state()
+        assert_same(final, {name: expected[name] for name in final}, **FLOAT32)
+    assert len(list(tmp_path.glob("disk-*/*/*/0000*/*.safetensors"))) >= 3
+
+
+def own_disk(federation: Deployment, client: str, device: str, **options: Any) -> BaseProcess:
+    federation._more_settings["state_folder"] = federation.folder / f"disk-{client}-{device}"
+    return federation.device(client, device, **options)
 
 
 def test_nothing_is_written_where_nothing_is_kept(tmp_path: Path) -> None:
