@@ -1,6 +1,6 @@
 """Every attack against every aggregator on Fashion-MNIST: which of them keep the accuracy of a run without attack.
 
-    python benchmarks/byzantine.py [--rounds 40] [--split iid] [--attacks sign_flip ...] [--aggregators mean ...]
+    python benchmarks/byzantine.py [--rounds 25] [--split iid] [--attacks sign_flip ...] [--aggregators mean ...]
 
 20 clients, of which 4 attack in every round, train a perceptron on the 6,000 images of the excerpt in the
 simulating engine. Each cell is the accuracy on the 1,000 test images, averaged over the last quarter of the
@@ -93,13 +93,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--split", choices=SPLITS, default="iid")
     parser.add_argument("--aggregators", nargs="*", choices=AGGREGATORS, default=list(AGGREGATORS))
     parser.add_argument("--attacks", nargs="*", choices=ATTACKS, default=list(ATTACKS))
     given = parser.parse_args()
-    found: dict[str, dict[str, float]] = {}
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    path = results / f"byzantine-{given.split}.json"
+    settings = {
+        "rounds": given.rounds,
+        "seeds": given.seeds,
+        "clients": NUM_CLIENTS,
+        "attackers": NUM_ATTACKERS,
+    }
+    found = earlier(path, settings)
     for attack in given.attacks:
         started_s = time.monotonic()
         for name in given.aggregators:
@@ -108,24 +117,22 @@ def main() -> None:
                 for seed in range(given.seeds)
             ]
             found.setdefault(attack, {})[name] = statistics.fmean(runs)
+        path.write_text(json.dumps({**settings, "accuracy": found}, indent=1) + "\n")
         print(f"{attack}: {found[attack]} in {time.monotonic() - started_s:.0f} s", flush=True)
     print(table(found))
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    settings = {
-        "rounds": given.rounds,
-        "seeds": given.seeds,
-        "clients": NUM_CLIENTS,
-        "attackers": NUM_ATTACKERS,
-    }
-    path = results / f"byzantine-{given.split}.json"
-    path.write_text(json.dumps({**settings, "accuracy": found}, indent=1) + "\n")
     draw(found, path.with_suffix(".png"), given.split)
+
+
+def earlier(path: Path, settings: dict[str, int]) -> dict[str, dict[str, float]]:
+    """What was found before with the same settings: a table may be made in several runs."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    accuracies: dict[str, dict[str, float]] = before.pop("accuracy", {})
+    return accuracies if before == settings else {}
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """Markdown: a row an aggregator, a column an attack; bold where it holds."""
-    attacks = list(found)
+    attacks = [attack for attack in ATTACKS if attack in found]
     clean = found.get("none", {}).get("mean", 0.0)
     lines = ["| | " + " | ".join(attacks) + " |", "|---" * (len(attacks) + 1) + "|"]
     for name in found[attacks[0]]:
@@ -140,7 +147,7 @@ def draw(found: dict[str, dict[str, float]], path: Path, split: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    attacks, names = list(found), list(found[next(iter(found))])
+    attacks, names = [attack for attack in ATTACKS if attack in found], list(found[next(iter(found))])
     figure = Figure(figsize=(1.4 + 1.2 * len(attacks), 0.8 + 0.42 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -52,13 +52,15 @@ class Scaling(Attack):
 class Gaussian(Attack):
     """Noise instead of an update (Blanchard et al., 2017, section 5).
 
-    The paper's noise has a standard deviation of 200; ours is measured by each tensor of the own update.
+    The paper's noise has a standard deviation of 200; ours is measured by each tensor of the own update. Noise has
+    no direction, so an average over many weights stands a good deal of it: with 20 % of attackers and a scale of 30
+    it still learns.
 
     Args:
         scale: standard deviation, in units of the root mean square of the own update's tensor.
     """
 
-    scale: float = Field(default=30.0, gt=0)
+    scale: float = Field(default=200.0, gt=0)
 
     def forge(self, own: Sequence[Update], honest: Sequence[Update], *, seed: int) -> list[Update]:
         """Noise of its own from each attacker."""
