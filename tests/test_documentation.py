@@ -57,3 +57,19 @@ def test_the_python_blocks_of_the_documentation_run(name: str, tmp_path: Path) -
     script = tmp_path / "blocks.py"
     script.write_text("\n".join(blocks))
     run_script(["-W", "ignore", str(script)], tmp_path)
+
+
+def test_every_test_that_the_table_of_failures_names_exists() -> None:
+    """A row without a test that backs it is only a promise."""
+    table = (ROOT / "docs" / "failures.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", table))
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", path.read_text())
+    }
+    assert named
+    assert named <= there, sorted(named - there)
+    rows = [line for line in table.split("## What happens when")[1].splitlines() if line.startswith("| ")]
+    backed = [row for row in rows[1:] if "test_" in row.split("|")[-2] or "the same" in row.split("|")[-2]]
+    assert backed == [row for row in rows[1:] if not row.startswith(("|---", "| field", "| `"))]

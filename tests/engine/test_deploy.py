@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -241,13 +242,15 @@ class TestCommands:
 
     CONFIGS = Path(__file__).resolve().parents[1] / "support" / "configs"
 
-    def start(self, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def path(self) -> str:
         root = Path(__file__).resolve().parents[2]
-        path = os.pathsep.join([str(root / "src"), str(root)])
+        return os.pathsep.join([str(root / "src"), str(root)])
+
+    def start(self, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "fedmp", *arguments],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": path, **environment},
+            env={**os.environ, "PYTHONPATH": self.path(), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -290,6 +293,64 @@ class TestCommands:
                 tmp_path / "sweep" / str(number) / "checkpoints" / "round-00001" / "model.safetensors"
             )
             assert_same(state, expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.slow
+    def test_torchrun_starts_the_devices_of_a_client(self, tmp_path: Path) -> None:
+        """As docs/deployment.md has it, with both devices on one node."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        names = ["c0/d0", "c0/d1", "c1/d0", "c1/d1"]
+        folder = ["--folder", str(tmp_path / "federation")]
+        assert main(["enroll", *names, "--coordinator", f"http://127.0.0.1:{port}", *folder]) == 0
+        for rank, name in enumerate(names):
+            made = tmp_path / "federation" / "credentials" / f"{name.replace('/', '.')}.json"
+            made.rename(tmp_path / f"device.{rank}.json")
+        job = ["--config-dir", str(self.CONFIGS), "experiment=tiny", "seed=1"]
+        coordinator = self.start(tmp_path, "coordinator", *job, f"engine.port={port}", "run_dir=run")
+        launch = ["--nnodes", "1", "--nproc-per-node", "4", "--master-port", "0", "--no-python"]
+        devices = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", *launch),
+                *(sys.executable, "-m", "fedmp", "device", "--credentials", "device.{rank}.json", *job),
+            ],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": self.path()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            printed = [process.communicate(timeout=200)[0] for process in (coordinator, devices)]
+        finally:
+            for process in (coordinator, devices):
+                process.terminate()
+                process.wait()
+        assert [coordinator.returncode, devices.returncode] == [0, 0], printed
+        state = load_file(tmp_path / "run" / "checkpoints" / "round-00001" / "model.safetensors")
+        assert_same(state, _simulated(tmp_path / "expected", self.CONFIGS, 1), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.slow
+    def test_the_slurm_script_gives_each_task_its_own_credentials(self, tmp_path: Path) -> None:
+        """The script of docs/deployment.md, with an `srun` that starts two tasks as SLURM would."""
+        text = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text()
+        script = tmp_path / "job.sh"
+        script.write_text(re.findall(r"```bash\n(#!.*?)```", text, flags=re.DOTALL)[0])
+        (tmp_path / "srun").write_text('#!/bin/bash\nfor task in 0 1; do SLURM_PROCID=$task "$@"; done\n')
+        (tmp_path / "fedmp").write_text(f'#!/bin/bash\nexec {sys.executable} -m fedmp "$@"\n')
+        for name in ("srun", "fedmp"):
+            (tmp_path / name).chmod(0o755)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": self.path(),
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        }
+        command = ["bash", str(script)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        said = [line for line in done.stderr.splitlines() if "credentials" in line]
+        assert [re.search(r"device\.\d\.json", line)[0] for line in said] == [
+            "device.0.json",
+            "device.1.json",
+        ]  # type: ignore[index]
 
     def test_a_rank_that_nobody_set_is_named(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

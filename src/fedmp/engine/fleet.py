@@ -7,21 +7,19 @@ tries again with all of its devices in the next one.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import secrets
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
-from fedmp.client import DeviceSpec, run_device
+from fedmp.client import DeviceSpec
 from fedmp.coordinator import Board, Journal, Member
 from fedmp.engine.members import members_of_client
 from fedmp.engine.prepare import ClientSetup, Prepared, plan_anew
+from fedmp.engine.processes import DeviceProcesses
 from fedmp.errors import FederationError, PlanError
 
 __all__ = ["Fleet"]
@@ -90,7 +88,7 @@ class Fleet:
         self._make_spec = make_spec
         self._restarts = restarts
         self._silence_timeout_s = silence_timeout_s
-        self._context = multiprocessing.get_context("forkserver")
+        self._processes = DeviceProcesses(with_spare=bool(restarts))
         self._clients = {name: _ClientFleet(setup, setup) for name, setup in prepared.clients.items()}
         self._died_s: float | None = None
 
@@ -107,6 +105,7 @@ class Fleet:
         Raises:
             FederationError: one was lost, and none is to be started again.
         """
+        self._processes.stand_by()
         silent_s, given_up = self._board.status().silent_s, self._board.given_up()
         for name, fleet in self._clients.items():
             if name in given_up and not fleet.sits_out:
@@ -142,6 +141,7 @@ class Fleet:
             process.join(max(0.0, deadline_s - time.monotonic()))
         for fleet in self._clients.values():
             self._kill_all(fleet)
+        self._processes.close()
 
     def _check_alive(self, running: _Running) -> None:
         """Raise if a device process died; a moment is left for its last words to arrive, if it had any."""
@@ -230,8 +230,7 @@ class Fleet:
     def _start(self, fleet: _ClientFleet, token: str, member: Member) -> None:
         spec = self._make_spec(fleet.setup, member, token)
         name = f"fedmp {member.client}/{member.device}"
-        process = self._context.Process(target=_device_main, args=(spec,), name=name, daemon=True)
-        process.start()
+        process = self._processes.start(name, spec)
         fleet.running.append(_Running(token, member, process, time.monotonic()))
 
     def _kill_all(self, fleet: _ClientFleet) -> None:
@@ -261,18 +260,3 @@ def _how_it_ended(process: BaseProcess) -> str:
 def _describe(member: Member) -> str:
     noun = "stages" if len(member.stages) > 1 else "stage"
     return f"device {member.device} of {member.client} ({noun} {', '.join(map(str, member.stages))})"
-
-
-def _device_main(spec: DeviceSpec) -> None:
-    # an interrupt at the terminal is the parent's to handle: it stops its devices in order
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="fedmp-parent", daemon=True).start()
-    raise SystemExit(run_device(spec))
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot stop its devices, so they watch for its end."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
