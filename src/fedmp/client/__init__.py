@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedmp.client.body import stage_body, update_body
 from fedmp.client.device import DeviceSpec, heartbeat, run_device, serve_job
+from fedmp.client.emulation import Emulation
 from fedmp.client.federation import Federation, HttpFederation
 from fedmp.client.local_round import LocalRound, RoundResult
 from fedmp.client.state import StateStore
@@ -13,6 +14,7 @@ from fedmp.client.work import LocalWork
 
 __all__ = [
     "DeviceSpec",
+    "Emulation",
     "Federation",
     "HttpFederation",
     "LocalRound",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fedmp.client.emulation import Emulation, SlowFederation, SlowTransport
 from fedmp.client.federation import Federation, HttpFederation
 from fedmp.client.local_round import LocalRound
 from fedmp.client.meeting import Meeting, Place, meet, stages_text
@@ -80,6 +81,7 @@ class DeviceSpec:
         process: names this process; empty for a name of its own.
         heartbeat_s: how often it tells that it is alive.
         faults: what shall go wrong on it.
+        emulation: the slower device that it stands for; None for itself.
     """
 
     url: str
@@ -108,6 +110,7 @@ class DeviceSpec:
     process: str = ""
     heartbeat_s: float = 5.0
     faults: tuple[Fault, ...] = ()
+    emulation: Emulation | None = None
 
 
 def run_device(spec: DeviceSpec) -> int:
@@ -116,7 +119,10 @@ def run_device(spec: DeviceSpec) -> int:
     Returns:
         An exit code: 0 if all went well, 1 if the device had to give up; the coordinator was told why.
     """
-    federation = HttpFederation(spec.url, spec.token)
+    slow = spec.emulation
+    federation = (
+        SlowFederation(spec.url, spec.token, slow.uplink) if slow else HttpFederation(spec.url, spec.token)
+    )
     try:
         serve_job(spec, federation)
     except FedmpError as error:
@@ -273,6 +279,8 @@ class _Device:
             self._generation = self._meeting.address.number
             if self._saboteur is not None:
                 transport = self._saboteur.wrap(transport)
+            if spec.emulation is not None:
+                transport = SlowTransport(transport, spec.emulation.links)
         if self._runner is not None:
             self._runner.reconnect(transport)
             return

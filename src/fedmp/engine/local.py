@@ -5,18 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.forkserver
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from pydantic import Field
 
-from fedmp.client import DeviceSpec
+from fedmp.client import DeviceSpec, Emulation
 from fedmp.component import Component
 from fedmp.coordinator import Board, CoordinatorService, Member, RemoteClients, check_address
 from fedmp.engine.fleet import Fleet
 from fedmp.engine.job import Job
 from fedmp.engine.prepare import ClientSetup, Prepared, part_of, prepare
 from fedmp.engine.session import Outcome, Session, Timelines, make_journal, round_settings, run_session
+from fedmp.pipeline import Pace
 
 __all__ = ["LocalEngine"]
 
@@ -38,6 +40,7 @@ class LocalEngine(Component):
             others, and sits the round out otherwise.
         attempts: of a client at one round.
         silence_timeout_s: a device that is not heard for so long hangs, and is lost.
+        emulate: devices and links take as long as the topology says, where they are faster here.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +53,7 @@ class LocalEngine(Component):
     restarts: int = Field(default=3, ge=0)
     attempts: int = Field(default=8, ge=2)
     silence_timeout_s: float = Field(default=30.0, gt=0)
+    emulate: bool = False
 
     @property
     def name(self) -> str:
@@ -125,6 +129,10 @@ class LocalEngine(Component):
     ) -> DeviceSpec:
         blueprints = tuple(setup.blueprints[stage] for stage in member.stages)
         name = f"{member.client}/{member.device}"
+        options = prepared.job.pipeline.options()
+        emulation = emulation_of(setup, member) if self.emulate else None
+        if emulation is not None:
+            options = replace(options, pace=emulation.paces)
         return DeviceSpec(
             url=url,
             token=token,
@@ -137,7 +145,7 @@ class LocalEngine(Component):
             num_samples=len(setup.own_samples),
             task=prepared.job.task,
             work=setup.work,
-            options=prepared.job.pipeline.options(),
+            options=options,
             uplink=prepared.job.uplink_channel(prepared.graph.state),
             downlink=prepared.job.downlink_channel(prepared.graph.state),
             state_folder=state_folder,
@@ -148,4 +156,22 @@ class LocalEngine(Component):
             timeout_s=self.transfer_timeout_s,
             heartbeat_s=min(self.silence_timeout_s / 4, _HEARTBEAT_S),
             faults=tuple(fault for fault in prepared.job.faults if fault.device == name),
+            emulation=emulation,
         )
+
+
+def emulation_of(setup: ClientSetup, member: Member) -> Emulation:
+    """The device of a topology that a process stands for: as fast as its client's plan expects of it."""
+    plan = setup.plan
+    return Emulation(
+        paces={
+            stage: Pace(plan.stages[stage].forward_s, plan.stages[stage].backward_s)
+            for stage in member.stages
+        },
+        uplink=setup.client.uplink,
+        links={
+            rank: setup.client.links.between(member.device, device)
+            for rank, device in enumerate(plan.devices)
+            if device != member.device
+        },
+    )

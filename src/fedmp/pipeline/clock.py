@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from fedmp.pipeline.options import Pace
 from fedmp.records import TimedAction
@@ -17,14 +17,17 @@ class Clock:
 
     Args:
         device_name: for the timed actions.
-        pace: of the device that is emulated; None for this one's own.
+        pace: of the device that is emulated, for all of its stages or for each; None for this one's own.
         observe: called with every timed action; None measures nothing.
     """
 
     __slots__ = ("_device_name", "_pace", "observe")
 
     def __init__(
-        self, device_name: str, pace: Pace | None, observe: Callable[[TimedAction], None] | None
+        self,
+        device_name: str,
+        pace: Pace | Mapping[int, Pace] | None,
+        observe: Callable[[TimedAction], None] | None,
     ) -> None:
         self._device_name = device_name
         self._pace = pace
@@ -38,9 +41,10 @@ class Clock:
 
     def computed(self, kind: ActionKind, stage: int, microbatch: int, start_s: float) -> None:
         """A computation that began at `start_s` ends now, or as late as its pace says."""
-        if self._pace is not None:
-            wanted_s = {ActionKind.FORWARD: self._pace.forward_s, ActionKind.BACKWARD: self._pace.backward_s}
-            rest_s = start_s + wanted_s.get(kind, self._pace.backward_s / 2) - time.perf_counter()
+        pace = self._pace.get(stage) if isinstance(self._pace, Mapping) else self._pace
+        if pace is not None:
+            wanted_s = {ActionKind.FORWARD: pace.forward_s, ActionKind.BACKWARD: pace.backward_s}
+            rest_s = start_s + wanted_s.get(kind, pace.backward_s / 2) - time.perf_counter()
             if rest_s > 0:
                 time.sleep(rest_s)
         if self.observe is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +33,14 @@ class RunnerOptions:
             all stages, none, or those of these numbers.
         autocast: compute in this dtype where torch thinks it safe; None computes in the weights' dtype.
             Tensors cross a boundary in the dtype they were traced with, and are no less precise for it.
-        pace: emulate a slower device: each forward and each backward takes at least so long.
+        pace: emulate a slower device: each forward and each backward takes at least so long; by stage, where they
+            differ.
         compress_activations, compress_gradients: what crosses a boundary: "none", "bf16" or "int8".
     """
 
     checkpoint: bool | Collection[int] = False
     autocast: torch.dtype | None = None
-    pace: Pace | None = None
+    pace: Pace | Mapping[int, Pace] | None = None
     compress_activations: Compression = "none"
     compress_gradients: Compression = "none"
 
