@@ -196,6 +196,23 @@ def test_multirun_makes_one_run_directory_a_job(fedmp: Command, tmp_path: Path) 
     assert all((tmp_path / "sweep" / str(job) / "summary.json").exists() for job in (0, 1))
 
 
+def test_a_sweep_ends_with_a_comparison_and_the_command_compares_again(
+    fedmp: Command, tmp_path: Path
+) -> None:
+    answer = fedmp(
+        "simulate", *TINY, "--multirun", "optimizer.lr=0.1,0.01", "quiet=true", "hydra.sweep.dir=sweep"
+    )
+    assert answer.code == 0, answer.err
+    assert "optimizer.lr=0.1" in answer.out
+    assert (tmp_path / "sweep" / "comparison.png").stat().st_size > 0
+    again = fedmp("compare", "sweep/0", "sweep/1", "--out", "side")
+    assert again.code == 0, again.err
+    rows = json.loads((tmp_path / "side" / "comparison.json").read_text())
+    assert rows == json.loads((tmp_path / "sweep" / "comparison.json").read_text())
+    assert_one_line(fedmp("compare"), "needs run directories")
+    assert_one_line(fedmp("compare", "side"), "'side' holds no run")
+
+
 def test_a_users_own_topology_file_and_partitioner_work_from_outside(fedmp: Command, tmp_path: Path) -> None:
     """The modules lie in the current folder, the configs below it; fedmp knows of neither."""
     (tmp_path / "mine.py").write_text(
