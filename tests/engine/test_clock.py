@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from fedmp import Topology
 from fedmp.clock import Clock, Loss
 from fedmp.engine.prepare import plan_anew, prepare
 from fedmp.errors import RoundError
 from fedmp.report.run_directory import RunDirectory
 from fedmp.strategy import FedAvg
+from fedmp.updates import BFloat16
 from tests.support.jobs import run, tiny_job, topology
 
 FOUR = topology(2, 1, 2, 1)
@@ -108,3 +110,13 @@ def test_a_resumed_run_has_the_same_weather(tmp_path: Path) -> None:
     assert [r.simulated_s for r in parts.history] == [r.simulated_s for r in whole.history]
     first, second = (RunDirectory.create(tmp_path / name).read_events() for name in ("whole", "parts"))
     assert first == second
+
+
+def test_what_is_compressed_takes_less_time_to_push(tmp_path: Path) -> None:
+    slow = Topology(
+        clients=[{"name": "c0", "devices": 1, "uplink": {"bandwidth_bytes_per_s": 1e4, "latency_s": 0}}]
+    )
+    plain = run(tiny_job(topology=slow, rounds=1), tmp_path / "plain").history[0]
+    half = run(tiny_job(topology=slow, rounds=1, transforms=(BFloat16(),)), tmp_path / "half").history[0]
+    push_s = sum(tensor.numel() * 4 for tensor in prepare(tiny_job()).model.state_dict().values()) / 1e4
+    assert plain.simulated_s - half.simulated_s == pytest.approx(push_s / 2, rel=0.05)

@@ -60,11 +60,11 @@ class SlowFederation(HttpFederation):
         return pulled
 
     def push(
-        self, round: int, update: Mapping[str, torch.Tensor], report: DeviceReport, **options: Any
+        self, round: int, payload: Mapping[str, torch.Tensor], report: DeviceReport, **options: Any
     ) -> None:
         """Hand in the round's update, which arrives after as long as it would take."""
-        _sleep_until(time.perf_counter() + self._link.transfer_s(_num_bytes(update)))
-        super().push(round, update, report, **options)
+        _sleep_until(time.perf_counter() + self._link.transfer_s(_num_bytes(payload)))
+        super().push(round, payload, report, **options)
 
 
 class SlowTransport:

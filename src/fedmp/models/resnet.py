@@ -1,4 +1,4 @@
-"""A small residual network with batch norm, after He et al., 2016, figure 2."""
+"""A small residual network, after He et al., 2016, figure 2."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["ResidualCNN"]
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut; the first may halve the image."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int = 0) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.norm1 = _norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.norm2 = _norm(out_channels, groups)
         self.relu = nn.ReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _norm(out_channels, groups)
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,19 +39,25 @@ class ResidualCNN(nn.Module):
         in_channels: of the images.
         widths: channels of each block.
         num_classes: outputs.
+        groups: of channels, for group norm (Wu and He, 2018), which depends neither on the size of micro-batches nor
+            on whose data they hold; 0 for batch norm.
     """
 
     def __init__(
-        self, in_channels: int = 1, widths: tuple[int, ...] = (16, 32, 64), num_classes: int = 10
+        self,
+        in_channels: int = 1,
+        widths: tuple[int, ...] = (16, 32, 64),
+        num_classes: int = 10,
+        groups: int = 0,
     ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, widths[0], 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(widths[0]),
+            _norm(widths[0], groups),
             nn.ReLU(inplace=True),
         )
         self.blocks = nn.ModuleList(
-            ResidualBlock(before, after, 1 if index == 0 else 2)
+            ResidualBlock(before, after, 1 if index == 0 else 2, groups)
             for index, (before, after) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -63,3 +69,7 @@ class ResidualCNN(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.pool(x).flatten(1))  # type: ignore[no-any-return]
+
+
+def _norm(channels: int, groups: int) -> nn.Module:
+    return nn.GroupNorm(groups, channels) if groups else nn.BatchNorm2d(channels)
