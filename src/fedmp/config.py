@@ -205,6 +205,11 @@ class _Named:
         self._name = name
         self._factory = factory
 
+    @property
+    def factory(self) -> partial[Any]:
+        """The class and its arguments."""
+        return self._factory
+
     def __call__(self, *args: Any) -> Any:
         try:
             return self._factory(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -10,7 +11,16 @@ from fedmp.aggregate.aggregator import check_updates
 from fedmp.aggregate.blocks import weighted_sum
 from fedmp.component import Component
 
-__all__ = ["WeightedMean"]
+__all__ = ["SummedUpdates", "WeightedMean"]
+
+
+@runtime_checkable
+class SummedUpdates(Protocol):
+    """Updates whose weighted sum was made where they were: the simulator's, which never holds all of them."""
+
+    def weighted_mean(self, weights: Sequence[float]) -> dict[str, torch.Tensor] | None:
+        """Their mean; None if they were summed with other weights."""
+        ...
 
 
 class WeightedMean(Component):
@@ -31,6 +41,8 @@ class WeightedMean(Component):
             ValueError: no updates, or weights that are not positive or not one an update.
         """
         check_updates(updates, weights)
+        if isinstance(updates, SummedUpdates) and (mean := updates.weighted_mean(weights)) is not None:
+            return mean
         total = sum(weights)
         shares = [weight / total for weight in weights]
         return {name: weighted_sum(updates, name, shares) for name in updates[0]}

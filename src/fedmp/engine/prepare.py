@@ -19,12 +19,12 @@ from fedmp.data import Dataset, TrainTest, describe
 from fedmp.engine.attacked import poisoned
 from fedmp.engine.job import Job
 from fedmp.errors import ConfigError, DataError, PlanError
-from fedmp.graph import LayerGraph, trace
+from fedmp.graph import LayerGraph, StateSpec, trace
 from fedmp.partition.api import plan_graph
 from fedmp.records import ClientData, Plan
 from fedmp.schedule import PlacedSchedule, Schedule, placed_schedule_by_name, schedule_by_name
 from fedmp.seeds import derive_seed
-from fedmp.stages import StageBlueprint, draw_blueprints
+from fedmp.stages import StageBlueprint, draw_blueprints, model_state
 from fedmp.strategy import Scope, received_name
 from fedmp.topology import Client, Device
 from fedmp.updates import trained_names
@@ -34,9 +34,12 @@ __all__ = [
     "Prepared",
     "build_model",
     "cut_by",
+    "example_input",
+    "load_and_split",
     "local_work",
     "part_of",
     "plan_anew",
+    "plan_split",
     "prepare",
     "prepare_without_clients_data",
     "set_up_client",
@@ -118,6 +121,7 @@ class Prepared:
         table: who holds what; empty where that is not known.
         sample_shape, sample_dtype: of one model input.
         scope: what of the model travels.
+        notes: what the user should be told before the first round.
     """
 
     job: Job
@@ -129,6 +133,36 @@ class Prepared:
     sample_shape: tuple[int, ...]
     sample_dtype: torch.dtype
     scope: Scope = field(default_factory=Scope)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether each client has a plan."""
+        return True
+
+    @property
+    def specs(self) -> Mapping[str, StateSpec]:
+        """Of the model's tensors, by canonical name."""
+        return self.graph.state
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart, for checkpoints."""
+        return self.graph.fingerprint
+
+    @property
+    def num_clients(self) -> int:
+        """Clients of the job."""
+        return len(self.clients)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that train, of all clients."""
+        return sum(setup.plan.num_devices for setup in self.clients.values())
+
+    def initial_state(self) -> dict[str, torch.Tensor]:
+        """The model's own tensors by canonical name: its initial weights."""
+        return model_state(self.model, self.graph)
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -151,6 +185,15 @@ def prepare(job: Job) -> Prepared:
     Raises:
         DataError, TraceError, PlanError: as named.
     """
+    return plan_split(job, *load_and_split(job))
+
+
+def load_and_split(job: Job) -> tuple[TrainTest, list[str], list[torch.Tensor]]:
+    """The data, the clients' names, and each one's rows of the training set.
+
+    Raises:
+        DataError: the data cannot be loaded or split.
+    """
     data = job.source().load()
     names = [client.name for client in job.topology.clients]
     rows = job.split.assign(data.train, len(names), derive_seed(job.seed, "split") % 2**32)
@@ -158,6 +201,15 @@ def prepare(job: Job) -> Prepared:
     if empty:
         raise DataError(f"client {empty[0]} has no training samples; use another split or fewer clients")
     data = replace(data, train=poisoned(job.attack, data.train, rows, names, seed=job.seed))
+    return data, names, rows
+
+
+def plan_split(job: Job, data: TrainTest, names: Sequence[str], rows: Sequence[torch.Tensor]) -> Prepared:
+    """Build and trace the model and plan every client, whose samples are known.
+
+    Raises:
+        TraceError, PlanError: as named.
+    """
     prepared = _plan_clients(job, data)
     clients = {
         name: replace(setup.with_samples(len(indices)), dataset=data.train.select(indices))
@@ -284,7 +336,7 @@ def build_model(job: Job) -> nn.Module:
 
 def _plan_clients(job: Job, data: TrainTest) -> Prepared:
     model = build_model(job)
-    example = _example(data.train, job.batch_size)
+    example = example_input(data.train, job.batch_size)
     graph = trace_model(job, model, example)
     alike: dict[str, ClientSetup] = {}
     clients = {}
@@ -306,7 +358,7 @@ def _plan_clients(job: Job, data: TrainTest) -> Prepared:
     )
 
 
-def _example(data: Dataset, batch_size: int) -> torch.Tensor:
+def example_input(data: Dataset, batch_size: int) -> torch.Tensor:
     """A batch of inputs to trace with: as large as any will be, whatever samples there are."""
     assert data.inputs is not None
     return replace(

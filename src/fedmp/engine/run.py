@@ -32,7 +32,6 @@ from fedmp.records import (
     Summary,
 )
 from fedmp.report import RunDirectory, make_view
-from fedmp.stages import model_state
 
 __all__ = ["run_job"]
 
@@ -82,9 +81,9 @@ def _run(
     engine.warm_up()
     observe(Note("reading data, tracing the model, planning"))
     prepared = engine.prepare(job)
-    initial = model_state(prepared.model, prepared.graph).items()
+    initial = prepared.initial_state().items()
     model = GlobalModel(
-        prepared.graph.state,
+        prepared.specs,
         {name: tensor.detach().clone() for name, tensor in initial},
         job.server_optimizer or job.strategy.server_optimizer,
         rule=job.strategy.server_rule,
@@ -160,7 +159,7 @@ def _begin(
     directory.truncate_events(0)
     directory.write_config(config)
     directory.write_plans(prepared.plans)
-    checkpoints.save(Checkpoint(0, prepared.graph.fingerprint, model.state, {}, {}, slots=model.slots))
+    checkpoints.save(Checkpoint(0, prepared.fingerprint, model.state, {}, {}, slots=model.slots))
 
 
 def _compare(prepared: Prepared, observe: Observer) -> CentralizedResult | None:
@@ -219,10 +218,10 @@ def _resume(
 ) -> tuple[tuple[RoundRecord, ...], Roster]:
     """Load the last committed round into the global model; returns the rounds so far, and who is known."""
     checkpoint = checkpoints.latest()
-    if checkpoint.fingerprint != prepared.graph.fingerprint:
+    if checkpoint.fingerprint != prepared.fingerprint:
         raise ResumeError(
             f"the run in {directory.path} trained another model (fingerprint {checkpoint.fingerprint}, this "
-            f"{prepared.graph.model_name} has {prepared.graph.fingerprint}); resume with the config it began with"
+            f"{type(prepared.model).__name__} has {prepared.fingerprint}); resume with the config it began with"
         )
     # a coordinator that was killed after its last round comes back to send its devices home
     may_be_over = not prepared.has_clients_data
@@ -264,12 +263,10 @@ def _summary(
     return Summary(
         engine=engine.name,
         rounds=len(records),
-        clients=len(prepared.clients),
-        devices=sum(setup.plan.num_devices for setup in prepared.clients.values()),
+        clients=prepared.num_clients,
+        devices=prepared.num_devices,
         num_parameters=sum(
-            torch.Size(spec.shape).numel()
-            for spec in prepared.graph.state.values()
-            if spec.kind == "parameter"
+            torch.Size(spec.shape).numel() for spec in prepared.specs.values() if spec.kind == "parameter"
         ),
         final_accuracy=final,
         centralized_accuracy=central_accuracy,
@@ -291,6 +288,6 @@ def _summary(
 
 def _final_model(prepared: Prepared, model: GlobalModel) -> torch.nn.Module:
     with torch.no_grad():
-        for name, tensor in model_state(prepared.model, prepared.graph).items():
+        for name, tensor in prepared.initial_state().items():
             tensor.copy_(model.state[name])
     return prepared.model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedmp.coordinator import (
     CheckpointStore,
@@ -19,14 +21,25 @@ from fedmp.coordinator import (
     RoundSettings,
     run_rounds,
 )
+from fedmp.data import Dataset
 from fedmp.engine.attacked import AttackedClients
 from fedmp.engine.prepare import Prepared
 from fedmp.errors import RoundError
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
 from fedmp.records import DeviceReport, Observer, RoundRecord, TimedAction
 from fedmp.stages import Stage
+from fedmp.tasks import Task
 
-__all__ = ["Outcome", "Session", "Timelines", "evaluator", "make_journal", "round_settings", "run_session"]
+__all__ = [
+    "Outcome",
+    "Session",
+    "Timelines",
+    "evaluator",
+    "make_journal",
+    "plain_evaluation",
+    "round_settings",
+    "run_session",
+]
 
 _EVALUATION_BATCH = 500
 
@@ -144,7 +157,7 @@ def round_settings(session: Session) -> RoundSettings:
         first_round=session.first_round,
         last_round=prepared.job.rounds,
         seed=prepared.job.seed,
-        fingerprint=prepared.graph.fingerprint,
+        fingerprint=prepared.fingerprint,
         late=session.late,
         num_samples={name: len(setup.dataset) if setup.dataset else 0 for name, setup in clients.items()},
         roster=session.roster,
@@ -157,6 +170,8 @@ def evaluator(session: Session) -> Callable[[], tuple[float | None, float | None
     test = prepared.data.test
     if len(test) == 0:
         return lambda: (None, None)
+    if not prepared.is_planned:
+        return _plain_evaluator(session)
     stage = Stage(prepared.whole_stage(), session.model.state)
     runner = StageRunner(stage, prepared.job.task)
 
@@ -168,6 +183,49 @@ def evaluator(session: Session) -> Callable[[], tuple[float | None, float | None
             total = total + runner.evaluate_batch(batch, round=0, step=0)
         weight = max(total.weight, 1.0)
         return total.loss_sum / weight, total.num_correct / weight if prepared.job.task.has_accuracy else None
+
+    return evaluate
+
+
+def plain_evaluation(
+    model: nn.Module, state: Mapping[str, torch.Tensor], task: Task
+) -> Callable[[Dataset, torch.Tensor], tuple[float, float, float]]:
+    """A function that gives a model's summed loss, weight and correct predictions on rows of a data set.
+
+    Args:
+        model: not traced; it is not changed.
+        state: its weights, as they are when the function is called.
+        task: the loss.
+    """
+    memo = {id(tensor): state[name] for name, tensor in model.named_buffers()}
+    for name, parameter in model.named_parameters():
+        memo[id(parameter)] = nn.Parameter(state[name], requires_grad=False)
+    module = copy.deepcopy(model, memo).eval()
+
+    def evaluate(dataset: Dataset, rows: torch.Tensor) -> tuple[float, float, float]:
+        loss = weight = correct = 0.0
+        with torch.no_grad():
+            for indices in rows.split(_EVALUATION_BATCH):
+                inputs, targets = dataset.batch(indices)
+                output = module(inputs)
+                loss += float(task.loss_sum(output, targets))
+                weight += task.weight(targets)
+                correct += task.num_correct(output, targets)
+        return loss, weight, correct
+
+    return evaluate
+
+
+def _plain_evaluator(session: Session) -> Callable[[], tuple[float | None, float | None]]:
+    """The same as `evaluator`, by the model's own forward."""
+    prepared = session.prepared
+    task, test = prepared.job.task, prepared.data.test
+    evaluate_rows = plain_evaluation(prepared.model, session.model.state, task)
+    everything = torch.arange(len(test))
+
+    def evaluate() -> tuple[float | None, float | None]:
+        loss, weight, correct = evaluate_rows(test, everything)
+        return loss / max(weight, 1.0), correct / max(weight, 1.0) if task.has_accuracy else None
 
     return evaluate
 

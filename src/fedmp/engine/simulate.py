@@ -6,23 +6,26 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
+from pydantic import Field
 
 from fedmp.client import LocalRound, StateStore, Wire
 from fedmp.component import Component
 from fedmp.coordinator import ClientUpdate, Opening, Trained
 from fedmp.engine.arrivals import Arrivals, predict_arrivals
 from fedmp.engine.held import Held, HeldUpdates
+from fedmp.engine.cohort import CohortClients, cohort_settings, try_out, why_one_by_one
 from fedmp.engine.job import Job
-from fedmp.engine.prepare import ClientSetup, Prepared, prepare
+from fedmp.engine.prepare import ClientSetup, Prepared, build_model, load_and_split, prepare
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
 from fedmp.engine.simulated_time import SimulatedTime
 from fedmp.engine.traffic import Traffic
+from fedmp.engine.unplanned import Rows, Unplanned
 from fedmp.errors import ConfigError
 from fedmp.pipeline import BatchResult, StageRunner
-from fedmp.records import Progress, state_key
+from fedmp.records import Note, Progress, state_key
 from fedmp.schedule import OneFOneB
 from fedmp.stages import Stage
 from fedmp.updates import Decoded
@@ -31,7 +34,18 @@ __all__ = ["CohortTrainer", "OneByOne", "SimulateEngine", "SimulatedClients"]
 
 
 class SimulateEngine(Component):
-    """One process, one copy of the model, overwritten for each client in turn."""
+    """One process, many clients at once where the model can be run so, otherwise one after another.
+
+    Args:
+        cohort: "vectorized" trains many clients at once, "sequential" one after another; "auto" does the first
+            where it gives the same result, and says so where it does not.
+        chunk: clients at once; None for as many as fit the cache.
+        workers: threads that train chunks; None for as many as torch uses.
+    """
+
+    cohort: Literal["auto", "vectorized", "sequential"] = "auto"
+    chunk: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1)
 
     @property
     def name(self) -> str:
@@ -51,7 +65,20 @@ class SimulateEngine(Component):
             raise ConfigError(
                 "faults happen to device processes, which engine 'simulate' has none of; use engine=local"
             )
-        return prepare(job)
+        reason = "" if self.cohort != "sequential" else "as asked"
+        if not reason and any(len(client.devices) > 1 for client in job.topology.clients):
+            reason = "clients have several devices"
+        reason = reason or why_one_by_one(job)
+        if not reason:
+            data, names, parts = load_and_split(job)
+            model = build_model(job)
+            found = try_out(job, model, data.train, parts[0], draws_noise=self.cohort == "vectorized")
+            if not found.refusal:
+                return Unplanned(job, model, data, Rows(names, parts), found)
+            reason = found.refusal
+        if self.cohort == "vectorized":
+            raise ConfigError(f"engine.cohort=vectorized: {reason}; use engine.cohort=auto or sequential")
+        return replace(prepare(job), notes=(f"clients are trained one after another: {reason}",))
 
     def run(self, session: Session) -> Outcome:
         """Run the rounds.
@@ -59,9 +86,22 @@ class SimulateEngine(Component):
         Raises:
             TrainingError: a client's loss is not finite.
         """
+        for note in session.prepared.notes:
+            session.observe(Note(note))
+        if isinstance(session.prepared, Unplanned):
+            return self._run_at_once(session)
         clients = SimulatedClients(session, OneByOne(session))
         startup_s = time.monotonic() - session.started_s
         return Outcome(run_session(session, round_settings(session), clients), startup_s)
+
+    def _run_at_once(self, session: Session) -> Outcome:
+        clients = CohortClients(session, chunk=self.chunk, workers=self.workers)
+        session.observe(Note(f"clients are trained {clients.chunk} at once by {clients.workers} threads"))
+        startup_s = time.monotonic() - session.started_s
+        try:
+            return Outcome(run_session(session, cohort_settings(session), clients), startup_s)
+        finally:
+            clients.close()
 
 
 class CohortTrainer(Protocol):

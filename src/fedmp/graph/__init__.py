@@ -7,6 +7,7 @@ from fedmp.graph.layer_graph import Layer, LayerGraph, StateSpec
 from fedmp.graph.leaf import Chain
 from fedmp.graph.measure import measure_flops_per_s
 from fedmp.graph.profile import profile
+from fedmp.graph.specs import state_specs
 from fedmp.graph.trace import trace
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "apply_cut_rules",
     "measure_flops_per_s",
     "profile",
+    "state_specs",
     "trace",
 ]

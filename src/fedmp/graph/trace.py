@@ -26,6 +26,7 @@ from fedmp.graph.layer_graph import LayerGraph, ModeGraph, StateSpec
 from fedmp.graph.layers import Span, find_layers
 from fedmp.graph.leaf import Chain, find_leaves
 from fedmp.graph.modes import is_same_in_both_modes
+from fedmp.graph.specs import state_specs
 
 __all__ = ["trace"]
 
@@ -64,7 +65,7 @@ def trace(
         ['0', '2']
     """
     inputs = flatten_inputs(model, args, kwargs or {})
-    state = _state_specs(model)
+    state = state_specs(model)
     opaque = find_leaves(model, [*leaves, "*"] if isinstance(model, Chain) else leaves)
     was_training = {name: module.training for name, module in model.named_modules()}
     try:
@@ -93,32 +94,6 @@ def trace(
         fingerprint=_fingerprint(state, train),
     )
     return graph if cut_rules is None else apply_cut_rules(graph, cut_rules)
-
-
-def _state_specs(model: nn.Module) -> dict[str, StateSpec]:
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    buffers = list(model.named_buffers(remove_duplicate=False))
-    persistent = set(model.state_dict(keep_vars=True))
-    names: dict[int, list[str]] = {}
-    for name, tensor in parameters + buffers:
-        names.setdefault(id(tensor), []).append(name)
-    specs: dict[str, StateSpec] = {}
-    for kind, tensors in (("parameter", parameters), ("buffer", buffers)):
-        for _, tensor in tensors:
-            aliases = tuple(names[id(tensor)])
-            specs.setdefault(
-                aliases[0],
-                StateSpec(
-                    name=aliases[0],
-                    aliases=aliases,
-                    shape=tuple(tensor.shape),
-                    dtype=tensor.dtype,
-                    kind=kind,  # type: ignore[arg-type]
-                    is_persistent=aliases[0] in persistent,
-                    requires_grad=tensor.requires_grad and kind == "parameter",
-                ),
-            )
-    return specs
 
 
 def _mode_graph(

@@ -1,0 +1,34 @@
+"""Cohorts: many clients trained at once in one process, by the model's own forward on stacked tensors."""
+
+from __future__ import annotations
+
+from fedmp.cohort import elementwise, layers, losses, shapes
+from fedmp.cohort.chunk import ChunkWork
+from fedmp.cohort.module import FlatLayout, flat_layout, own_statistics
+from fedmp.cohort.objective import Objective
+from fedmp.cohort.optimizers import FlatOptimizer, flat_optimizer
+from fedmp.cohort.probe import Probe, probe
+from fedmp.cohort.registry import CannotStackError, batched_rule
+from fedmp.cohort.stacked import Stacked
+from fedmp.cohort.training import Cohort, CohortResult, CohortTraining
+
+__all__ = [
+    "CannotStackError",
+    "ChunkWork",
+    "Cohort",
+    "CohortResult",
+    "CohortTraining",
+    "FlatLayout",
+    "FlatOptimizer",
+    "Objective",
+    "Probe",
+    "Stacked",
+    "batched_rule",
+    "flat_layout",
+    "flat_optimizer",
+    "own_statistics",
+    "probe",
+]
+
+for _rules in (shapes, elementwise, layers, losses):
+    _rules.register()

@@ -1,0 +1,218 @@
+"""Local training of a chunk of clients at once: what `LocalTrainer` does for one, step by step for many.
+
+Shape letters: K clients, P trained parameters, B samples of a batch, S batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedmp.cohort.batches import ChunkBatches
+from fedmp.cohort.module import StackedModule
+from fedmp.cohort.objective import Objective
+from fedmp.cohort.optimizers import FlatOptimizer
+from fedmp.data import Dataset
+from fedmp.learning_rate import Constant, LearningRate
+from fedmp.pipeline import microbatch_sizes
+
+__all__ = ["ChunkResult", "ChunkTrainer", "ChunkWork"]
+
+_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkWork:
+    """What the clients of every chunk do; the fields of `LocalWork` that say so.
+
+    Attributes:
+        optimizer: of the clients; None if nothing is trained.
+        objective: the loss.
+        dataset: all clients' samples.
+        learning_rate, num_rounds: how the rate changes over so many rounds.
+        max_gradient_norm: of each client's step; None does not clip.
+        accumulate_batches: whose gradients make one step.
+        num_microbatches: 1 unless the samples of a batch influence each other, as in batch norm, so that it
+            matters how a batch is cut.
+        pads: whether shorter batches may be filled up; otherwise only clients with equally large batches
+            run together.
+    """
+
+    optimizer: FlatOptimizer | None
+    objective: Objective
+    dataset: Dataset
+    learning_rate: LearningRate
+    num_rounds: int
+    max_gradient_norm: float | None
+    accumulate_batches: int
+    num_microbatches: int
+    pads: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkResult:
+    """What a chunk's clients report, [K] each, and the loss of every batch, [S, K], to find a bad one."""
+
+    loss_sums: torch.Tensor
+    weights: torch.Tensor
+    num_correct: torch.Tensor
+    losses: torch.Tensor
+
+
+class ChunkTrainer:
+    """Trains chunks, one after another, in the memory of one `StackedModule`.
+
+    Args:
+        module: the clients' weights.
+        work: what to do.
+    """
+
+    def __init__(self, module: StackedModule, work: ChunkWork) -> None:
+        self.module = module
+        self._work = work
+
+    def train(self, batches: ChunkBatches, *, round: int) -> ChunkResult:
+        """Train for one round from the weights in the module, which it moves.
+
+        Raises:
+            CannotStackError: the model cannot be run for many clients at once.
+        """
+        clients, work = len(batches.num_batches), self._work
+        longest = len(batches.sizes)
+        losses, weights, correct = (torch.zeros(longest, clients, dtype=torch.float64) for _ in range(3))
+        every = work.accumulate_batches
+        for step, first in enumerate(range(0, longest, every)):
+            active = batches.num_active(first)
+            group = range(first, min(first + every, longest))
+            if every > 1:
+                self.module.gradients[:active].zero_()
+            self.module.begin_step(is_cleared=every > 1)
+            drawn = [self._draw(batches, batch) for batch in group]
+            total = None
+            if every > 1:
+                total = torch.zeros(active, dtype=torch.float64)
+                for passes in drawn:
+                    for one in passes:
+                        total[one.first : one.stop] += one.weights
+            ranges = []
+            for batch, passes in zip(group, drawn, strict=True):
+                shares = _shares(passes, clients) if total is None else total
+                for one in passes:
+                    span = slice(one.first, one.stop)
+                    losses[batch, span] += self._add_gradients(one, shares[span], correct[batch, span])
+                    weights[batch, span] += one.weights
+                    ranges.append((one.first, one.stop))
+            if work.optimizer is not None:
+                self._step(batches, step, active, round, list(dict.fromkeys(ranges)))
+        return ChunkResult(losses.sum(0), weights.sum(0), correct.sum(0), losses)
+
+    def _draw(self, batches: ChunkBatches, batch: int) -> list[_Pass]:
+        """The passes through the model that one batch takes."""
+        work, active = self._work, batches.num_active(batch)
+        rows, sizes = batches.rows[batch], batches.sizes[batch]
+        passes = []
+        for first, stop in _runs(sizes, active, work.pads):
+            own = sizes[first:stop]
+            for begin, width in _cuts(max(own), work.num_microbatches):
+                picked = rows[first:stop, begin : begin + width].reshape(-1)
+                shape = (stop - first, width)
+                inputs = work.dataset.input_batch(picked).unflatten(0, shape)
+                targets = work.dataset.target_batch(picked).unflatten(0, shape)
+                if work.pads and min(own) < width:
+                    targets = work.objective.pad(targets, own)
+                passes.append(_Pass(first, stop, inputs, targets, work.objective.weights(targets)))
+        return passes
+
+    def _add_gradients(self, one: _Pass, total: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of one pass; returns the clients' summed losses."""
+        output = self.module.run(one.inputs, one.first, one.stop)
+        sums = self._work.objective.loss_sums(output, one.targets)
+        if sums.requires_grad:
+            sums.backward((1 / total).to(sums.dtype))
+            self.module.collect(one.first, one.stop)
+        correct += self._work.objective.num_correct(output, one.targets)
+        return sums.detach()
+
+    def _step(
+        self,
+        batches: ChunkBatches,
+        step: int,
+        active: int,
+        round: int,
+        ranges: Sequence[tuple[int, int]],
+    ) -> None:
+        """One step of the optimizer for the clients that are not done."""
+        work, module = self._work, self.module
+        assert work.optimizer is not None
+        spans = module.spans(ranges)
+        gradients = [module.gradients[:active, begin:end] for begin, end in spans]
+        if work.max_gradient_norm is not None:
+            squares = sum(
+                (own.square().sum(1, keepdim=True) for own in gradients),
+                module.gradients.new_zeros(active, 1),
+            )
+            scale = (work.max_gradient_norm / (squares.sqrt() + _EPSILON)).clamp(max=1.0)
+            for own in gradients:
+                own.mul_(scale)
+        lr = self._rate(batches, step, active, round)
+        for (begin, end), own in zip(spans, gradients, strict=True):
+            state = [buffer[:active, begin:end] for buffer in module.state]
+            work.optimizer.step(module.parameters[:active, begin:end], own, state, step, lr)
+
+    def _rate(self, batches: ChunkBatches, step: int, active: int, round: int) -> float | torch.Tensor:
+        """The learning rate of this step: one for all, or [K, 1] where clients are at different points."""
+        work = self._work
+        assert work.optimizer is not None
+        if isinstance(work.learning_rate, Constant):
+            return work.optimizer.lr
+        rates = {}
+        counts = [-(-count // work.accumulate_batches) for count in batches.num_batches[:active]]
+        for count in set(counts):
+            progress = (round - 1 + step / count) / max(round, work.num_rounds)
+            rates[count] = work.optimizer.lr * work.learning_rate.factor(progress)
+        if len(rates) == 1:
+            return rates[counts[0]]
+        return self.module.parameters.new_tensor([[rates[count]] for count in counts])
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """Samples of neighbouring clients that go through the model together."""
+
+    first: int
+    stop: int
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+
+
+def _runs(sizes: Sequence[int], active: int, pads: bool) -> list[tuple[int, int]]:
+    """Neighbouring clients that can run together: all, or those with equally large batches."""
+    if pads:
+        return [(0, active)]
+    runs, first = [], 0
+    for _, group in itertools.groupby(sizes[:active]):
+        stop = first + len(list(group))
+        runs.append((first, stop))
+        first = stop
+    return runs
+
+
+def _cuts(size: int, num_microbatches: int) -> list[tuple[int, int]]:
+    """Where each micro-batch begins, and how wide it is."""
+    cuts, begin = [], 0
+    for width in microbatch_sizes(size, num_microbatches):
+        cuts.append((begin, width))
+        begin += width
+    return cuts
+
+
+def _shares(passes: Sequence[_Pass], clients: int) -> torch.Tensor:
+    """[K] weights of a whole batch."""
+    total = torch.zeros(clients, dtype=torch.float64)
+    for one in passes:
+        total[one.first : one.stop] += one.weights
+    return total

@@ -1,0 +1,221 @@
+"""A module whose parameters are many clients' at once, as views of one flat tensor.
+
+Shape letters: K clients of a chunk, P trained parameters of one client.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmp.cohort.registry import CannotStackError, module_rule_of
+from fedmp.cohort.stacked import Slot, Stacked, leaf_of, stack
+
+__all__ = ["FlatLayout", "StackedModule", "flat_layout", "own_statistics"]
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where each trained parameter of a model lies in a client's flat row.
+
+    Attributes:
+        names: canonical names, in the model's order.
+        shapes: of each.
+        offsets: where each begins, and the end of the last.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """P, entries of one client's row."""
+        return self.offsets[-1]
+
+    def views(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Each parameter of `rows`, which are [P] or [K, P], as a view."""
+        spans = zip(self.offsets, self.offsets[1:], self.shapes, strict=False)
+        return [rows[..., a:b].view(*rows.shape[:-1], *shape) for a, b, shape in spans]
+
+    def by_name(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same, by name."""
+        return dict(zip(self.names, self.views(rows), strict=True))
+
+
+def flat_layout(model: nn.Module) -> FlatLayout:
+    """The layout of a model's trained parameters; one that has several names lies under its first."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    offsets = [0]
+    for _, parameter in named:
+        offsets.append(offsets[-1] + parameter.numel())
+    return FlatLayout(tuple(name for name, _ in named), tuple(p.shape for _, p in named), tuple(offsets))
+
+
+@dataclass
+class _Range:
+    """The parameters of some neighbouring clients of the chunk, ready to be put into the module."""
+
+    leaves: list[Stacked]
+    slots: list[Slot]
+    buffers: dict[str, Stacked] = field(default_factory=dict)
+
+
+class StackedModule:
+    """A copy of a model that computes many clients at once.
+
+    Args:
+        model: the model; it is copied, without its weights.
+        layout: of its trained parameters.
+        num_clients: K, the most clients that it can hold.
+        num_buffers: of the optimizer.
+
+    Attributes:
+        parameters, gradients: [K, P].
+        state: of the optimizer, as many tensors alike.
+        buffers: of statistics that differ by client, [K, ...] by name.
+    """
+
+    def __init__(self, model: nn.Module, layout: FlatLayout, num_clients: int, num_buffers: int) -> None:
+        self.module = _copy_without_weights(model)
+        self.module.train()
+        self.layout = layout
+        dtype = next((p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
+        self.parameters = torch.zeros(num_clients, layout.size, dtype=dtype)
+        self.gradients = torch.zeros_like(self.parameters)
+        self.state = [torch.zeros_like(self.parameters) for _ in range(num_buffers)]
+        self.buffers = {
+            name: tensor.new_zeros((num_clients, *tensor.shape))
+            for name, tensor in own_statistics(model).items()
+        }
+        self._places = _places(model, layout.names)
+        self._buffer_places = _buffer_places(model, self.buffers)
+        self._ranges: dict[tuple[int, int], _Range] = {}
+        self._bound: tuple[int, int] | None = None
+        self._shared = {name: (buffer, buffer._version) for name, buffer in self._shared_buffers()}
+        for module in self.module.modules():
+            rule = module_rule_of(module)
+            if rule is not None:
+                module.forward = _by_rule(module, rule)
+
+    def load(self, start: torch.Tensor, buffers: Mapping[str, torch.Tensor], num_clients: int) -> None:
+        """Give the first so many clients the same weights, [P], and statistics; [K, ...] where they differ."""
+        self.parameters[:num_clients].copy_(start)
+        for name, buffer in self.buffers.items():
+            buffer[:num_clients].copy_(buffers[name])
+
+    def run(self, inputs: torch.Tensor, first: int, stop: int) -> Any:
+        """The model's result for clients `first` to `stop`, stacked; autograd can go back through it.
+
+        Args:
+            inputs: [stop - first, B, ...].
+
+        Raises:
+            CannotStackError: the forward does what cannot be done for many clients at once.
+        """
+        self._bind(first, stop)
+        result = self.module(stack(inputs))
+        for name, (buffer, version) in self._shared.items():
+            if buffer._version != version:
+                raise CannotStackError(f"the forward changes the buffer {name}")
+        return result
+
+    def begin_step(self, *, is_cleared: bool) -> None:
+        """Forget the gradients; `is_cleared` says that their memory is all zeros already."""
+        for bound in self._ranges.values():
+            for slot in bound.slots:
+                slot.is_written = is_cleared
+
+    def collect(self, first: int, stop: int) -> None:
+        """After a backward: move gradients that autograd left at the parameters into the flat ones."""
+        bound = self._ranges[first, stop]
+        with torch._C.DisableTorchFunctionSubclass():
+            for leaf, slot in zip(bound.leaves, bound.slots, strict=True):
+                if leaf.grad is not None:
+                    slot.add(leaf.grad)
+                    leaf.grad = None
+
+    def spans(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Stretches of the flat rows that have a gradient, as (begin, end): usually one, all of it."""
+        found: list[tuple[int, int]] = []
+        slots = [self._ranges[key].slots for key in ranges]
+        for index, (begin, end) in enumerate(zip(self.layout.offsets, self.layout.offsets[1:], strict=False)):
+            if any(own[index].is_written for own in slots):
+                if found and found[-1][1] == begin:
+                    found[-1] = (found[-1][0], end)
+                else:
+                    found.append((begin, end))
+        return found
+
+    def _bind(self, first: int, stop: int) -> None:
+        key = (first, stop)
+        if key == self._bound:
+            return
+        bound = self._ranges.get(key)
+        if bound is None:
+            bound = self._ranges[key] = self._make_range(first, stop)
+        for places, tensor in zip(self._places, bound.leaves, strict=True):
+            for path, name in places:
+                self.module.get_submodule(path)._parameters[name] = tensor  # type: ignore[assignment]
+        for full, (path, name) in self._buffer_places.items():
+            self.module.get_submodule(path)._buffers[name] = bound.buffers[full]
+        self._bound = key
+
+    def _make_range(self, first: int, stop: int) -> _Range:
+        leaves = [leaf_of(view) for view in self.layout.views(self.parameters[first:stop])]
+        slots = [Slot(view) for view in self.layout.views(self.gradients[first:stop])]
+        for leaf, slot in zip(leaves, slots, strict=True):
+            leaf.slot = slot
+        buffers = {name: stack(buffer[first:stop]) for name, buffer in self.buffers.items()}
+        return _Range(leaves, slots, buffers)
+
+    def _shared_buffers(self) -> list[tuple[str, torch.Tensor]]:
+        return [(name, buffer) for name, buffer in self.module.named_buffers() if name not in self.buffers]
+
+
+def own_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that training changes, by canonical name: those of normalization layers."""
+    names = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if name in names}
+
+
+def _copy_without_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares the tensors of the original."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _places(model: nn.Module, names: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """For each parameter the modules and attributes that hold it."""
+    by_tensor: dict[int, list[tuple[str, str]]] = {}
+    first: dict[str, int] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                by_tensor.setdefault(id(parameter), []).append((path, name))
+                first[f"{path}.{name}" if path else name] = id(parameter)
+    return [by_tensor[first[name]] for name in names]
+
+
+def _buffer_places(model: nn.Module, names: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    return {name: (name.rpartition(".")[0], name.rpartition(".")[2]) for name in names}
+
+
+def _by_rule(module: nn.Module, rule: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = rule(module, *args, **kwargs)
+            return result.as_subclass(Stacked) if isinstance(result, torch.Tensor) else result
+
+    return forward

@@ -1,0 +1,190 @@
+"""Many clients at once give what one after another gives, and what devices as real processes give."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedmp import Job, Topology
+from fedmp.aggregate import CoordinateMedian
+from fedmp.data import IID, Dirichlet
+from fedmp.engine.simulate import SimulateEngine
+from fedmp.errors import ConfigError, TrainingError
+from fedmp.learning_rate import Cosine
+from fedmp.models import CNN
+from fedmp.records import Event, Note
+from fedmp.strategy import FedAvg
+from fedmp.tasks import MeanLoss
+from tests.support.jobs import (
+    TINY_CNN,
+    TINY_GPT,
+    TINY_MLP,
+    assert_same,
+    images,
+    run,
+    sgd,
+    tiny_job,
+    tokens,
+    weights,
+)
+
+# float64, the same operations in another order
+FLOAT64 = {"rtol": 1e-9, "atol": 1e-11}
+
+
+class Double(nn.Module):
+    """A model in float64 that takes images as they come."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.model = make().double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x.double() if x.is_floating_point() else x)  # type: ignore[no-any-return]
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(nn.functional.dropout(x.flatten(1), 0.5, self.training))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x.flatten(1))
+        return y if float(y.detach().sum()) > 1e9 else 2 * y
+
+
+class Centred(nn.Module):
+    """Samples of a batch see each other, though no layer says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x.flatten(1))
+        return y - y.mean(0)
+
+
+def ragged_job(**changes: Any) -> Job:
+    """Six single-device clients of different sizes, with partial batches."""
+    settings: dict[str, Any] = {
+        "model": partial(Double, TINY_MLP),
+        "topology": Topology(clients={"count": 6, "devices": 1}),
+        "data": images(200),
+        "split": Dirichlet(alpha=1.0, min_samples=3),
+        "strategy": FedAvg(local_epochs=2, fraction=0.7),
+        "batch_size": 7,
+    }
+    return tiny_job(**{**settings, **changes})
+
+
+def mean_squares(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (output - nn.functional.one_hot(targets, 10)).square().mean()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "momentum": {},
+    "nesterov": {
+        "optimizer": partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    },
+    "adamw": {"optimizer": partial(torch.optim.AdamW, lr=1e-3)},
+    "clipping": {"max_gradient_norm": 0.5},
+    "accumulated batches": {"accumulate_batches": 2},
+    "steps": {"strategy": FedAvg(local_steps=5)},
+    "schedule": {"learning_rate": Cosine()},
+    "server optimizer": {"server_optimizer": partial(torch.optim.SGD, lr=0.5, momentum=0.9)},
+    "federated evaluation": {"federated_evaluation": True},
+    "convolution": {"model": partial(Double, CNN)},
+    "batch norm": {"model": partial(Double, TINY_CNN)},
+    "samples that see each other": {"model": partial(Double, Centred)},
+    "a loss of one's own": {"task": MeanLoss(function=mean_squares)},
+    "another aggregator": {"aggregator": CoordinateMedian()},
+    "transformer": {
+        "model": partial(Double, TINY_GPT),
+        "data": tokens(60),
+        "split": IID(),
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_many_clients_at_once_give_what_one_after_another_gives(name: str, tmp_path: Path) -> None:
+    job = ragged_job(**CASES[name])
+    alone = run(job, tmp_path / "alone", SimulateEngine(cohort="sequential"))
+    together = run(job, tmp_path / "together", SimulateEngine(cohort="vectorized", chunk=3))
+    assert_same(weights(together), weights(alone), **FLOAT64)
+    for ours, theirs in zip(together.history, alone.history, strict=True):
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-9)
+        assert ours.test_accuracy == theirs.test_accuracy
+        assert (ours.federated_loss is None) == (theirs.federated_loss is None)
+        if ours.federated_loss is not None:
+            assert ours.federated_loss == pytest.approx(theirs.federated_loss, rel=1e-6)
+        for field in ("clients", "num_examples", "bytes_up", "bytes_down"):
+            assert getattr(ours, field) == getattr(theirs, field)
+
+
+@pytest.mark.parametrize(("chunk", "workers"), [(1, 1), (2, 1), (6, 1), (2, 2)])
+def test_neither_chunks_nor_threads_change_the_result(chunk: int, workers: int, tmp_path: Path) -> None:
+    engine = SimulateEngine(cohort="vectorized", chunk=chunk, workers=workers)
+    result = run(ragged_job(), tmp_path / "run", engine)
+    expected = run(ragged_job(), tmp_path / "alone", SimulateEngine(cohort="sequential"))
+    assert_same(weights(result), weights(expected), **FLOAT64)
+
+
+def test_many_clients_at_once_give_what_real_processes_give(tmp_path: Path) -> None:
+    job = ragged_job(topology=Topology(clients={"count": 3, "devices": 1}))
+    together = run(job, tmp_path / "together", SimulateEngine(cohort="vectorized"))
+    assert_same(weights(together), weights(run(job, tmp_path / "local", "local")), **FLOAT64)
+
+
+@pytest.mark.parametrize(("model", "why"), [(Noisy, "random numbers"), (Branching, "values")])
+def test_a_model_that_cannot_be_stacked_is_trained_one_after_another_and_the_user_is_told(
+    model: type[nn.Module], why: str, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    job = ragged_job(model=partial(nn.Sequential, model()), leaves=("0",), rounds=1)
+    job.run(SimulateEngine(), run_dir=tmp_path / "run", observe=events.append)
+    assert any(why in event.message for event in events if isinstance(event, Note))
+
+
+def test_asking_for_what_cannot_be_done_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="values"):
+        run(ragged_job(model=Branching), tmp_path / "run", SimulateEngine(cohort="vectorized"))
+
+
+def test_dropout_may_be_asked_for_and_differs_by_client(tmp_path: Path) -> None:
+    result = run(ragged_job(model=Noisy), tmp_path / "run", SimulateEngine(cohort="vectorized"))
+    assert all(math.isfinite(record.train_loss) for record in result.history)
+
+
+def test_a_loss_that_is_not_finite_names_client_round_and_step(tmp_path: Path) -> None:
+    job = ragged_job(optimizer=sgd(1e200), model=partial(Double, TINY_MLP))
+    with pytest.raises(TrainingError, match=r"client c\d, stage 0, round 1, step 1"):
+        run(job, tmp_path / "run", SimulateEngine(cohort="vectorized"))
+
+
+def test_a_simulated_run_is_resumed_where_it_ended(tmp_path: Path) -> None:
+    whole = run(ragged_job(rounds=3), tmp_path / "whole")
+    run(ragged_job(rounds=2), tmp_path / "run")
+    resumed = run(ragged_job(rounds=3), tmp_path / "run", resume=True)
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_the_same_job_twice_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    first, second = (run(ragged_job(), tmp_path / name) for name in ("first", "second"))
+    assert_same(weights(first), weights(second))
