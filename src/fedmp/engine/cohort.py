@@ -29,11 +29,18 @@ from fedmp.coordinator import ClientUpdate, Opening, RoundSettings, Trained
 from fedmp.engine.job import Job
 from fedmp.engine.session import Session, plain_evaluation
 from fedmp.engine.unplanned import Unplanned
+from fedmp.graph import state_specs
 from fedmp.records import DeviceReport, Progress
-from fedmp.strategy import FedAvg
 from fedmp.updates import trained_names
 
-__all__ = ["CohortClients", "cohort_settings", "local_counts", "try_out", "why_one_by_one"]
+__all__ = [
+    "CohortClients",
+    "cohort_settings",
+    "keeps_at_clients",
+    "local_counts",
+    "try_out",
+    "why_one_by_one",
+]
 
 _CACHE_BYTES = 8 << 20  # of a chunk; two of them stay in a usual last-level cache
 _LEAST_CHUNK = 4
@@ -44,12 +51,23 @@ def why_one_by_one(job: Job) -> str:
     """Why a job's clients must be trained one after another, as far as the job tells; empty if they need not."""
     if flat_optimizer(job.optimizer) is None:
         return "its client optimizer is none of torch.optim's SGD, Adam and AdamW"
-    if type(job.strategy) is not FedAvg or job.strategy.keep_statistics_local:
-        return f"the strategy {type(job.strategy).__name__} keeps or corrects something at each client"
+    strategy = job.strategy
+    closing = strategy.closing(len(job.topology.clients))
+    if strategy.local_rule or strategy.server_rule or strategy.keeps_optimizer or strategy.effort:
+        return f"the strategy {type(strategy).__name__} has rules of its own for each client"
+    if closing.refills or closing.deadline_s is not None or closing.num_training != closing.wanted:
+        return "who is in time for a round's end depends on the clients' plans"
     if job.clock != Clock():
-        return "its clock needs each client's plan"
+        return "the clock needs the clients' plans"
     if job.pipeline.autocast is not None:
         return "mixed precision (pipeline.autocast) is for one client at a time"
+    return ""
+
+
+def keeps_at_clients(job: Job, model: torch.nn.Module) -> str:
+    """Why it matters what the clients keep of the model; empty if they keep nothing."""
+    if job.strategy.scope(state_specs(model)).keeps_values:
+        return f"the strategy {type(job.strategy).__name__} keeps a part of the model at each client"
     return ""
 
 
@@ -63,7 +81,7 @@ def local_counts(job: Job) -> LocalWork:
         local_epochs=job.strategy.local_epochs,
         local_steps=job.strategy.local_steps,
         seed=job.seed,
-        evaluate_first=job.federated_evaluation,
+        evaluate_first=job.federated_evaluation or job.strategy.needs_losses,
         accumulate_batches=job.accumulate_batches,
     )
 
@@ -88,6 +106,8 @@ def cohort_settings(session: Session) -> RoundSettings:
         last_round=prepared.job.rounds,
         seed=prepared.job.seed,
         fingerprint=prepared.fingerprint,
+        num_samples=_Sizes(prepared),
+        roster=session.roster,
     )
 
 
@@ -99,6 +119,22 @@ class _Counted(Mapping[str, int]):
 
     def __getitem__(self, name: str) -> int:
         return self._counts.num_examples(self._rows.size(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+class _Sizes(Mapping[str, int]):
+    """Samples that each client has."""
+
+    def __init__(self, prepared: Unplanned) -> None:
+        self._rows = prepared.rows
+
+    def __getitem__(self, name: str) -> int:
+        return self._rows.size(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -172,7 +208,7 @@ class CohortClients:
             num_batches=[counts.num_batches(size) for size in sizes],
             weights=samples,
         )
-        evaluation = self._evaluate(cohort) if self._job.federated_evaluation else None
+        evaluation = self._evaluate(cohort) if self._counts.evaluate_first else None
         start = torch.cat([state[name].flatten() for name in self._layout.names])
         before = {name: state[name].clone() for name in self._statistics}
         result = self._training.train(
@@ -184,12 +220,16 @@ class CohortClients:
             on_chunk=self._teller(opening, samples),
         )
         updates = CohortUpdates(
-            opening, samples, result, self._layout, start, before, self._zeros(state), evaluation
+            opening, sizes, samples, result, self._layout, start, before, self._zeros(state), evaluation
         )
         clients = len(opening.cohort)
         return Trained(
             updates=updates, bytes_up=clients * self._bytes_up, bytes_down=clients * self._bytes_down
         )
+
+    def unreachable(self) -> frozenset[str]:
+        """Nobody."""
+        return frozenset()
 
     def committed(self, round: int) -> None:
         """Nothing was kept."""
@@ -230,6 +270,7 @@ class CohortUpdates(Sequence[ClientUpdate]):
 
     Args:
         opening: of the round.
+        sizes: samples that each client has.
         samples: that each client processed, its weight in the sum.
         result: of the training.
         layout, start, before: of the parameters, and what they and the statistics were.
@@ -240,6 +281,7 @@ class CohortUpdates(Sequence[ClientUpdate]):
     def __init__(
         self,
         opening: Opening,
+        sizes: Sequence[int],
         samples: Sequence[int],
         result: CohortResult,
         layout: FlatLayout,
@@ -252,6 +294,7 @@ class CohortUpdates(Sequence[ClientUpdate]):
         self._start, self._before, self._zeros = start, before, zeros
         sums = zip(
             opening.cohort,
+            sizes,
             samples,
             result.loss_sums.tolist(),
             result.weights.tolist(),
@@ -260,8 +303,8 @@ class CohortUpdates(Sequence[ClientUpdate]):
             strict=True,
         )
         self._updates = [
-            ClientUpdate(client, opening.round, _Own(self, place), (_report(count, *own, *found),))
-            for place, (client, count, *own, found) in enumerate(sums)
+            ClientUpdate(client, opening.round, _Own(self, place), (_report(size, count, *own, *found),))
+            for place, (client, size, count, *own, found) in enumerate(sums)
         ]
 
     @overload
@@ -318,11 +361,19 @@ class _Own(Mapping[str, torch.Tensor]):
 
 
 def _report(
-    count: int, loss: float, weight: float, correct: float, e_loss: float, e_weight: float, e_correct: float
+    size: int,
+    count: int,
+    loss: float,
+    weight: float,
+    correct: float,
+    e_loss: float,
+    e_weight: float,
+    e_correct: float,
 ) -> DeviceReport:
     # checked values of this process's own: a hundred of them a round need not be checked again
     return DeviceReport.model_construct(
         num_examples=count,
+        num_samples=size,
         loss_sum=loss,
         weight=weight,
         num_correct=correct,

@@ -15,8 +15,8 @@ from fedmp.client import LocalRound, StateStore, Wire
 from fedmp.component import Component
 from fedmp.coordinator import ClientUpdate, Opening, Trained
 from fedmp.engine.arrivals import Arrivals, predict_arrivals
+from fedmp.engine.cohort import CohortClients, cohort_settings, keeps_at_clients, try_out, why_one_by_one
 from fedmp.engine.held import Held, HeldUpdates
-from fedmp.engine.cohort import CohortClients, cohort_settings, try_out, why_one_by_one
 from fedmp.engine.job import Job
 from fedmp.engine.prepare import ClientSetup, Prepared, build_model, load_and_split, prepare
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
@@ -72,6 +72,8 @@ class SimulateEngine(Component):
         if not reason:
             data, names, parts = load_and_split(job)
             model = build_model(job)
+            reason = keeps_at_clients(job, model)
+        if not reason:
             found = try_out(job, model, data.train, parts[0], draws_noise=self.cohort == "vectorized")
             if not found.refusal:
                 return Unplanned(job, model, data, Rows(names, parts), found)

@@ -20,6 +20,7 @@ from fedmp.engine.job import Job
 from fedmp.engine.prepare import ClientSetup, Prepared, example_input, plan_split
 from fedmp.graph import LayerGraph, StateSpec, state_specs
 from fedmp.records import Plan
+from fedmp.strategy import Scope
 
 __all__ = ["Rows", "Unplanned"]
 
@@ -80,6 +81,7 @@ class Unplanned(Prepared):
             "sample_shape": tuple(example.shape[1:]),
             "sample_dtype": example.dtype,
             "notes": (),
+            "scope": Scope(),
             "rows": rows,
             "probe": probe,
         }
