@@ -89,7 +89,7 @@ def run_rounds(
         observe(_started(settings, opening))
 
         trained = clients.train(opening)
-        updates = [update.discounted(_discount(opening, update)) for update in trained.updates]
+        updates = _discounted(opening, trained.updates)
         model.step(
             updates,
             strategy.weights(updates),
@@ -139,8 +139,11 @@ def _started(settings: RoundSettings, opening: Opening) -> RoundStarted:
     return RoundStarted(opening.round, clients, sum(settings.round_samples[client] for client in clients))
 
 
-def _discount(opening: Opening, update: ClientUpdate) -> float:
-    return opening.closing.discount(opening.round - update.round)
+def _discounted(opening: Opening, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
+    """The updates, those that are late discounted; as they are, if none is."""
+    if all(update.round == opening.round for update in updates):
+        return updates
+    return [update.discounted(opening.closing.discount(opening.round - update.round)) for update in updates]
 
 
 def _record(round: int, trained: Trained, evaluation: Evaluation, started_s: float) -> RoundRecord:

@@ -31,6 +31,7 @@ from fedmp.engine.session import Session, plain_evaluation
 from fedmp.engine.unplanned import Unplanned
 from fedmp.graph import state_specs
 from fedmp.records import DeviceReport, Progress
+from fedmp.strategy import FedAvg
 from fedmp.updates import trained_names
 
 __all__ = [
@@ -187,7 +188,7 @@ class CohortClients:
             chunk=self.chunk,
             workers=self.workers,
         )
-        self._keeps = type(job.aggregator) is not WeightedMean or job.attack is not None
+        self._keeps = not _is_mean_by_samples(job)
         specs = prepared.specs
         self._pushed = trained_names(specs.values())
         self._bytes_up = sum(specs[name].num_bytes for name in self._pushed)
@@ -381,6 +382,13 @@ def _report(
         evaluation_weight=e_weight,
         evaluation_correct=e_correct,
     )
+
+
+def _is_mean_by_samples(job: Job) -> bool:
+    """Whether all that the round loop makes of the updates is their mean, weighted by samples processed."""
+    is_mean = type(job.aggregator) is WeightedMean and job.attack is None
+    weights = getattr(type(job.strategy), "weights", None)
+    return is_mean and weights is FedAvg.weights and getattr(job.strategy, "weighting", "") == "processed"
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
