@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 
 from fedmp.aggregate import WeightedMean
-from fedmp.client import LocalWork
+from fedmp.client import LocalWork, stage_body, update_body
 from fedmp.clock import Clock
 from fedmp.cohort import (
     ChunkWork,
@@ -56,6 +56,8 @@ def why_one_by_one(job: Job) -> str:
     closing = strategy.closing(len(job.topology.clients))
     if strategy.local_rule or strategy.server_rule or strategy.keeps_optimizer or strategy.effort:
         return f"the strategy {type(strategy).__name__} has rules of its own for each client"
+    if job.transforms or job.downlink:
+        return "transforms are applied to one client's update at a time"
     if closing.refills or closing.deadline_s is not None or closing.num_training != closing.wanted:
         return "who is in time for a round's end depends on the clients' plans"
     if job.clock != Clock():
@@ -191,8 +193,10 @@ class CohortClients:
         self._keeps = not _is_mean_by_samples(job)
         specs = prepared.specs
         self._pushed = trained_names(specs.values())
-        self._bytes_up = sum(specs[name].num_bytes for name in self._pushed)
-        self._bytes_down = sum(spec.num_bytes for spec in specs.values())
+        state = session.model.state
+        pushed = {name: state[name] for name in self._pushed}
+        self._bytes_up = len(update_body(pushed, DeviceReport(num_examples=1), None)[0])
+        self._bytes_down = len(stage_body(state, None)[0])
 
     def train(self, opening: Opening) -> Trained:
         """Train the cohort.
