@@ -1,12 +1,13 @@
 """How fast a client heals, and what that leaves of its throughput.
 
     python benchmarks/recovery.py [--kills 50]           # detect, train again, first step again
-    python benchmarks/recovery.py --retained [--seconds 90]
+    python benchmarks/recovery.py --retained [--seconds 60] [--repeats 2]
 
-Devices are killed by SIGKILL from outside, at a random moment of their training, on loopback. Times count from
-the kill: until the run says so, until the new process has pulled its stage and met its peers, and until it has
-finished its first optimizer step, for which the whole pipeline must be up. `--retained` compares the samples a
-second in committed rounds with one kill every 30 s to those with none, both after the same warm-up.
+Devices are killed by SIGKILL from outside, at a random moment of their training, on loopback; the next one when the
+last one is back and a spare process has had the time to stand by. Times count from the kill: until the run says so,
+until the new process has pulled its stage and met its peers, and until it has finished its first optimizer step, for
+which the whole pipeline must be up. `--retained` compares the samples a second in committed rounds with one kill every
+30 s to those with none, in turn, each after its first round.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from fedmp.strategy import FedAvg
 RESULTS = Path(__file__).parent / "results"
 ENGINE = LocalEngine(restarts=10_000, attempts=10_000)
 KILL_EVERY_S = 30.0
+PAUSE_S = (1.5, 2.5)
 
 
 class Logged(torch.optim.SGD):
@@ -106,7 +108,7 @@ def measure_kills(num_kills: int) -> dict[str, Any]:
             if len(steps) < up:  # the last victim's successor is not back yet
                 time.sleep(0.005)
                 continue
-            time.sleep(chance.uniform(0.1, 0.4))
+            time.sleep(chance.uniform(*PAUSE_S))
             name = chance.choice(names)
             kills.append((time.monotonic(), name, kill_one(name)))
             up += 1
@@ -178,18 +180,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--retained", action="store_true")
-    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
     if arguments.retained:
-        undisturbed = samples_per_s(arguments.seconds / 3, None)
-        disturbed = samples_per_s(arguments.seconds, KILL_EVERY_S)
-        result: dict[str, Any] = {
-            "undisturbed_samples_per_s": undisturbed,
-            "disturbed_samples_per_s": disturbed,
-            "ratio": disturbed / undisturbed,
-        }
+        sides: dict[str, list[float]] = {"undisturbed_samples_per_s": [], "disturbed_samples_per_s": []}
+        for _ in range(arguments.repeats):
+            sides["undisturbed_samples_per_s"].append(samples_per_s(arguments.seconds / 2, None))
+            sides["disturbed_samples_per_s"].append(samples_per_s(arguments.seconds, KILL_EVERY_S))
+        undisturbed, disturbed = map(statistics.mean, sides.values())
+        result: dict[str, Any] = {**sides, "ratio": disturbed / undisturbed}
         name = "recovery_retained.json"
     else:
         result, name = measure_kills(arguments.kills), "recovery.json"

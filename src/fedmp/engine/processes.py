@@ -21,7 +21,7 @@ from fedmp.client import DeviceSpec, run_device
 __all__ = ["DeviceProcesses"]
 
 # not while the devices themselves come up, and not at all in a run that is over soon
-_SPARE_AFTER_S = 3.0
+_SPARE_AFTER_S = 1.0
 
 
 @dataclass(frozen=True)
