@@ -274,6 +274,7 @@ def test_a_full_disk_is_said_and_loses_nothing(server: Coordinator, monkeypatch:
 def test_metrics_tell_what_happened(server: Coordinator) -> None:
     server.push("ann0", FULL)
     server.push("ann1", FULL)
+    server.board.lost("device d1 of ann is away")
     status, answer = server.ask("GET", "/metrics")
     text = answer.decode()
     assert status == 200
@@ -284,6 +285,8 @@ def test_metrics_tell_what_happened(server: Coordinator) -> None:
         "fedmp_round 1.0",
         "fedmp_round_open 1.0",
         "fedmp_cohort_clients 2.0",
+        "fedmp_devices_lost_total 1.0",
+        "fedmp_rounds_begun_anew_total 0.0",
         "fedmp_reported_clients 0.0",
         'fedmp_device_silent_seconds{client="ann",device="d0"}',
     ):

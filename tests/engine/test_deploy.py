@@ -333,6 +333,9 @@ class TestCommands:
     def test_the_slurm_script_gives_each_task_its_own_credentials(self, tmp_path: Path) -> None:
         """The script of docs/deployment.md, with an `srun` that starts two tasks as SLURM would."""
         text = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text()
+        configs = tmp_path / "my_configs" / "topology"
+        configs.mkdir(parents=True)
+        (configs / "hospitals.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0])
         script = tmp_path / "job.sh"
         script.write_text(re.findall(r"```bash\n(#!.*?)```", text, flags=re.DOTALL)[0])
         (tmp_path / "srun").write_text('#!/bin/bash\nfor task in 0 1; do SLURM_PROCID=$task "$@"; done\n')

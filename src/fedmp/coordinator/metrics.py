@@ -80,6 +80,10 @@ class Metrics:
         yield counter
         yield CounterMetricFamily("fedmp_update_bytes", "Bytes of accepted updates.", value=status.bytes_up)
         yield CounterMetricFamily("fedmp_stage_bytes", "Bytes of stages handed out.", value=status.bytes_down)
+        yield CounterMetricFamily("fedmp_devices_lost", "Devices that were lost.", value=self._board.faults)
+        yield CounterMetricFamily(
+            "fedmp_rounds_begun_anew", "Attempts of clients after their first.", value=self._board.recoveries
+        )
         yield GaugeMetricFamily("fedmp_round", "The newest round that was opened.", value=status.round)
         yield GaugeMetricFamily(
             "fedmp_round_open", "Whether it takes updates.", value=float(status.kind == "train")
