@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from fedmp.coordinator import Opening
 from fedmp.engine.arrivals import predict_arrivals
 from fedmp.errors import RoundError
-from fedmp.strategy import Closing, FedAvg, FedBuff
+from fedmp.strategy import Closing, FedAvg, FedBuff, FedDyn, Scaffold, StreamingDiLoCo
 
 ORDER = ("a", "b", "c", "d")
 TIMES = {"a": 4.0, "b": 1.0, "c": 3.0, "d": 2.0}
@@ -76,6 +76,13 @@ def test_late_updates_are_discarded_unless_they_shall_count() -> None:
 def test_a_deadline_wants_to_know_how_many_clients_are_enough() -> None:
     with pytest.raises(ValidationError, match=r"a deadline of 30 s changes nothing .* min_clients=NUMBER"):
         FedAvg(deadline_s=30)
+
+
+@pytest.mark.parametrize("kind", [Scaffold, FedDyn, StreamingDiLoCo])
+def test_strategies_that_need_updates_of_the_present_model_refuse_stale_ones(kind: type[FedAvg]) -> None:
+    with pytest.raises(ValidationError, match=rf"late='stale' does not go with {kind.__name__}: .*'discard'"):
+        kind(late="stale")
+    assert kind(over_selection=0.3).closing(10).max_staleness is None
 
 
 @pytest.mark.parametrize("field", ["fraction", "over_selection"])

@@ -266,3 +266,19 @@ def test_a_late_device_that_is_killed_pulls_its_old_stage_again(tmp_path: Path) 
     assert taken(result) == [{"c0": 1}, {"c1": 1}]
     assert result.summary.faults == 1
     assert_same(weights(result), replayed(job, [{"c0": 1}, {"c1": 1}]), **FLOAT64)
+
+
+def test_real_processes_go_on_with_a_late_round_when_the_run_is_resumed(tmp_path: Path) -> None:
+    """The devices are new ones: they pull the stage that the late client began with, and train it again."""
+    job = replace(
+        JOB,
+        topology=topology(2, 1),
+        rounds=1,
+        strategy=FedBuff(buffer_size=1, local_steps=2),
+        faults=(delay("c1/d0", 1, 60.0),),
+    )
+    run(job, tmp_path / "run", LocalEngine(silence_timeout_s=60))
+    more = replace(job, rounds=2, faults=(delay("c0/d0", 2, 60.0),))
+    result = run(more, tmp_path / "run", LocalEngine(silence_timeout_s=60), resume=True)
+    assert taken(result) == [{"c0": 1}, {"c1": 1}]
+    assert_same(weights(result), replayed(job, [{"c0": 1}, {"c1": 1}]), **FLOAT64)

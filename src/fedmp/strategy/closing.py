@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -70,7 +70,12 @@ class ClosingRules(Component):
         staleness: how: "polynomial", (1 + s)^-a for an update that is late by s rounds, or "constant", not at all.
         staleness_exponent: a.
         max_staleness: an update that is late by more rounds is discarded.
+
+    Attributes:
+        needs_present_model: why updates that began with an earlier model cannot be used; empty if they can.
     """
+
+    needs_present_model: ClassVar[str] = ""
 
     fraction: float = Field(default=1.0, gt=0, le=1)
     min_clients: int | None = Field(default=None, ge=1)
@@ -80,6 +85,14 @@ class ClosingRules(Component):
     staleness: Literal["polynomial", "constant"] = "polynomial"
     staleness_exponent: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     max_staleness: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _takes_late_updates_only_if_it_can(self) -> ClosingRules:
+        if self.late == "stale" and self.needs_present_model:
+            raise ValueError(
+                f"late='stale' does not go with {type(self).__name__}: {self.needs_present_model}; use late='discard'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _closes_early_only_if_it_may(self) -> ClosingRules:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -106,6 +106,10 @@ class FedDyn(FedAvg):
     Args:
         alpha: its strength; the paper uses 0.001 to 0.1.
     """
+
+    needs_present_model: ClassVar[str] = (
+        "what the server learns of the clients' drift must be what they learn, of whole updates"
+    )
 
     alpha: float = Field(default=0.1, gt=0)
     weighting: Literal["processed", "samples", "uniform"] = "uniform"

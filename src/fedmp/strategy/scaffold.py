@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -95,6 +95,10 @@ class MeanControl:
 
 class Scaffold(FedAvg):
     """FedAvg whose clients take their drift out of their gradients."""
+
+    needs_present_model: ClassVar[str] = (
+        "the server's control variate is the mean of the clients' only if all begin with the same one"
+    )
 
     weighting: Literal["processed", "samples", "uniform"] = "uniform"
 

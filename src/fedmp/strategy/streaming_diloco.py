@@ -25,6 +25,7 @@ global model, since it lacks what was synchronised without it. All clients take 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -46,6 +47,8 @@ class StreamingDiLoCo(DiLoCo):
         overlap: synchronise what a fragment was when the round began.
         mixing: alpha, the share of a client's own values when a fragment comes in; the paper uses 0.5 with overlap.
     """
+
+    needs_present_model: ClassVar[str] = "an earlier round's update is of another fragment"
 
     local_steps: int | None = Field(default=50, ge=1)
     fragments: int = Field(default=3, ge=1)
