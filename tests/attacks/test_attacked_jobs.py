@@ -51,7 +51,8 @@ def test_robust_rules_withstand_an_attack_that_the_mean_does_not(tmp_path: Path)
 def test_no_attackers_are_no_attack(tmp_path: Path) -> None:
     plain = run(job(rounds=2), tmp_path / "plain")
     spared = run(job(rounds=2, attack=SignFlip(share=0)), tmp_path / "spared")
-    assert_same(weights(spared), weights(plain))
+    # the simulator sums plain updates as they are made, in another order than those that an attack may change
+    assert_same(weights(spared), weights(plain), rtol=1e-5, atol=1e-6)
 
 
 def test_only_attackers_samples_are_poisoned() -> None:
