@@ -5,10 +5,10 @@
 Each model is cut into two stages by `balanced` from measured times. For GPipe and 1F1B, two processes with
 one thread each train a few steps over loopback (gloo). Rows:
 
-memory  the peak resident size of a stage's process beyond what it was before the weights were made, where
-        malloc gives freed tensors back to the system at once (MALLOC_MMAP_THRESHOLD_=65536)
-heap    the same with malloc as it comes: faster, but glibc before 2.38 cannot use most freed tensors' places
-        again, so processes grow to up to twice what they need
+memory  the peak resident size of a stage's process beyond what it was before the weights were made, as processes
+        run on a device whose memory is less than 2.5 times what the plan needs
+heap    the same on a device with memory to spare, where malloc is left alone: glibc before 2.38 cannot use most
+        freed tensors' places again, so processes grow to up to 2.3 times what they need
 busy    a stage's processor time in one step, right also on a machine that is shared
 step    a step from barrier to barrier
 """
@@ -38,7 +38,7 @@ from torch import nn  # noqa: E402
 from fedmp.graph import measure_flops_per_s, profile, trace  # noqa: E402
 from fedmp.models import GPT, MLP, ResidualCNN, ViT  # noqa: E402
 from fedmp.partition import Balanced  # noqa: E402
-from fedmp.pipeline import MicroBatches, StageRunner  # noqa: E402
+from fedmp.pipeline import MicroBatches, StageRunner, keep_near_plan  # noqa: E402
 from fedmp.pipeline.transport import DistributedTransport, host_rendezvous, join_rendezvous  # noqa: E402
 from fedmp.records import Plan  # noqa: E402
 from fedmp.schedule import schedule_by_name  # noqa: E402
@@ -83,13 +83,13 @@ def main(names: list[str], *, with_memory: bool, with_time: bool) -> None:
         links = Links(default=Link(bandwidth_bytes_per_s=1e9, latency_s=1e-4))
         for schedule in _SCHEDULES:
             plan = Balanced(schedule=schedule).plan(costs, devices, links, num_microbatches=_MICROBATCHES)
+            runs = _run_stages(graph, plan, inputs, schedule, is_kept=True)
+            rows += _memory_rows("memory", name, plan, runs) if with_memory else []
+            rows += _time_rows(name, plan, runs) if with_time else []
             if with_memory:
-                os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-                rows += _memory_rows("memory", name, plan, _run_stages(graph, plan, inputs, schedule))
-                del os.environ["MALLOC_MMAP_THRESHOLD_"]
-            if with_time:
-                runs = _run_stages(graph, plan, inputs, schedule)
-                rows += _memory_rows("heap", name, plan, runs) + _time_rows(name, plan, runs)
+                alone = _run_stages(graph, plan, inputs, schedule, is_kept=False)
+                rows += _memory_rows("heap", name, plan, alone)
+                _compare_busy(name, plan, runs, alone)
     for kind in ("memory", "step"):
         ratios = [row["predicted"] / row["measured"] for row in rows if row["kind"] == kind]
         if ratios:
@@ -122,6 +122,14 @@ def _time_rows(name: str, plan: Plan, runs: list[tuple[int, float, float]]) -> l
     return [*rows, _row("step", name, plan, "", plan.step_s * 1e3, step_s * 1e3, "ms")]
 
 
+def _compare_busy(
+    name: str, plan: Plan, kept: list[tuple[int, float, float]], alone: list[tuple[int, float, float]]
+) -> None:
+    """What keeping to the plan costs: processor time of a step against that with malloc left alone."""
+    ratio = sum(busy_s for _, busy_s, _ in kept) / sum(busy_s for _, busy_s, _ in alone)
+    print(f"cost    {name:5} {plan.schedule:6} processor time of a step: {ratio:.2f} of malloc left alone")
+
+
 def _row(
     kind: str, name: str, plan: Plan, stage: str, predicted: float, measured: float, unit: str
 ) -> dict[str, Any]:
@@ -134,20 +142,35 @@ def _row(
     return made | {"predicted": predicted, "measured": measured}
 
 
-def _run_stages(graph: Any, plan: Any, inputs: torch.Tensor, schedule: str) -> list[tuple[int, float, float]]:
+def _run_stages(
+    graph: Any, plan: Plan, inputs: torch.Tensor, schedule: str, *, is_kept: bool
+) -> list[tuple[int, float, float]]:
     """One run of all stages' processes."""
     rendezvous = host_rendezvous("127.0.0.1")
     with ProcessPoolExecutor(plan.num_stages, mp_context=multiprocessing.get_context("spawn")) as pool:
         blueprints = draw_blueprints(graph, plan.cuts)
         runs = [
-            pool.submit(_run_stage, blueprint, rendezvous.port, tuple(inputs.shape), inputs.dtype, schedule)
-            for blueprint in blueprints
+            pool.submit(
+                _run_stage,
+                blueprint,
+                rendezvous.port,
+                tuple(inputs.shape),
+                inputs.dtype,
+                schedule,
+                stage.memory_bytes if is_kept else 0,
+            )
+            for blueprint, stage in zip(blueprints, plan.stages, strict=True)
         ]
         return [run.result(timeout=300) for run in runs]
 
 
 def _run_stage(
-    blueprint: StageBlueprint, port: int, shape: tuple[int, ...], dtype: torch.dtype, schedule: str
+    blueprint: StageBlueprint,
+    port: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    schedule: str,
+    planned_bytes: int,
 ) -> tuple[int, float, float]:
     """Peak memory beyond the baseline, and the median processor and wall seconds of a step."""
     warnings.simplefilter("ignore")
@@ -162,6 +185,7 @@ def _run_stage(
     stage = Stage(blueprint)
     dist.barrier()
     baseline = _resident_bytes()
+    keep_near_plan(planned_bytes, planned_bytes)
     stage.materialize("cpu")
     for parameter in stage.parameters():
         nn.init.normal_(parameter, std=0.02)

@@ -25,7 +25,7 @@ from fedmp.client.wire import Wire
 from fedmp.client.work import LocalWork
 from fedmp.data import Dataset
 from fedmp.errors import FederationError, FedmpError, PipelineError, RefusedError, TrainingError
-from fedmp.pipeline import BatchResult, DeviceRunner, RunnerOptions, Transport
+from fedmp.pipeline import BatchResult, DeviceRunner, RunnerOptions, Transport, keep_near_plan
 from fedmp.records import (
     DeviceReport,
     FailureReport,
@@ -75,6 +75,8 @@ class DeviceSpec:
         backend: of torch.distributed.
         torch_device: "cpu", "cuda:0", ...
         num_threads: for torch on the CPU; 0 leaves torch's default.
+        planned_bytes, memory_bytes: of memory for its stages, and of the device; on the CPU its process is kept
+            near the first where the second is not much more.
         timeout_s: deadline of one transfer between devices.
         ready: what it tells a coordinator that does not know it; None where every coordinator does.
         plan: digest of the plan that all of this follows.
@@ -104,6 +106,8 @@ class DeviceSpec:
     backend: str = "gloo"
     torch_device: str = "cpu"
     num_threads: int = 1
+    planned_bytes: int = 0
+    memory_bytes: int = 0
     timeout_s: float = 60.0
     ready: Ready | None = None
     plan: str = ""
@@ -187,6 +191,8 @@ class _Device:
         self._process = spec.process or os.urandom(8).hex()
         self._generation = -1
         self._meeting: Meeting | None = None
+        if spec.torch_device == "cpu":
+            keep_near_plan(spec.planned_bytes, spec.memory_bytes)
         self._stages = [Stage(blueprint).materialize(spec.torch_device) for blueprint in spec.blueprints]
         self._timeline: list[TimedAction] = []
         self._has_timeline = False

@@ -227,6 +227,8 @@ def _prepare(
         backend=settings.backend,
         torch_device=settings.torch_device,
         num_threads=settings.num_threads,
+        planned_bytes=plan.memory_bytes(offer.device),
+        memory_bytes=plan.device_memory_bytes(offer.device),
         timeout_s=settings.transfer_timeout_s,
         ready=ready,
         plan=plan.digest,

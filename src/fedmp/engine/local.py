@@ -153,6 +153,8 @@ class LocalEngine(Component):
             host=self.host,
             backend=self.backend,
             num_threads=self.num_threads,
+            planned_bytes=setup.plan.memory_bytes(member.device),
+            memory_bytes=setup.plan.device_memory_bytes(member.device),
             timeout_s=self.transfer_timeout_s,
             heartbeat_s=min(self.silence_timeout_s / 4, _HEARTBEAT_S),
             faults=tuple(fault for fault in prepared.job.faults if fault.device == name),

@@ -116,6 +116,14 @@ class Plan(BaseModel):
             for device in self.devices
         )
 
+    def memory_bytes(self, device: str) -> int:
+        """Predicted peak memory of a device in use: of all of its stages."""
+        return sum(stage.memory_bytes for stage in self.stages if stage.device == device)
+
+    def device_memory_bytes(self, device: str) -> int:
+        """Memory of a device in use."""
+        return next(stage.device_memory_bytes for stage in self.stages if stage.device == device)
+
     @property
     def gap(self) -> float:
         """Optimality gap: (step_s - bound_s) / step_s, 1.0 where no bound is known."""

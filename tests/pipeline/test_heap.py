@@ -1,0 +1,40 @@
+"""A device's process keeps near its plan where the device's memory is short."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, os, sys
+import torch
+from fedmp.pipeline import keep_near_plan
+
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+is_kept = keep_near_plan(80 << 20, int(sys.argv[1]) << 20)
+torch.empty(1 << 23)  # freed at once: by itself, malloc now keeps tensors of up to 32 MiB on its heap
+before = resident_mib()
+tensors = [torch.full((100_000,), float(index)) for index in range(300)]  # 114 MiB
+del tensors[::2]  # no place at the end of the heap, where malloc itself would give it back
+print(json.dumps([is_kept, resident_mib() - before]))
+"""
+
+
+def grown(memory_mib: int) -> tuple[bool, int]:
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(memory_mib)], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    is_kept, mib = json.loads(run.stdout)
+    return is_kept, mib
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is Linux's")
+def test_freed_tensors_leave_the_process_where_memory_is_short_and_only_there() -> None:
+    assert grown(memory_mib=1024) == (False, pytest.approx(115, abs=8))
+    assert grown(memory_mib=199) == (True, pytest.approx(58, abs=8))
