@@ -7,6 +7,7 @@ throughput in training, not the data sheet's peak. A device or link may name a p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -167,7 +168,10 @@ class Topology(Component):
     @classmethod
     def _expand_clients(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and isinstance(values.get("clients"), Mapping):
-            values = {**values, "clients": _expand(values["clients"], prefix="c")}
+            first, *others = _expand(values["clients"], prefix="c")
+            model = Client.model_validate(first)  # checked once: there may be 100,000 of them
+            named = (model.model_copy(update={"name": fields["name"]}) for fields in others)
+            values = {**values, "clients": (model, *named)}
         return values
 
     @model_validator(mode="after")
@@ -208,6 +212,6 @@ def _fill_in(values: Any, fields_of: Callable[[str], dict[str, Any]]) -> Any:
 
 
 def _check_unique(names: Sequence[str], what: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"{what} must have different names, but {', '.join(twice)} occurs more than once")

@@ -89,7 +89,8 @@ class CohortTraining:
         num_buffers = work.optimizer.num_buffers if work.optimizer else 0
         for _ in range(workers):
             self._free.put(ChunkTrainer(StackedModule(model, layout, chunk, num_buffers), work))
-        # each thread computes alone: two that share every operation wait for each other all the time
+        # each thread computes alone: two that share every operation wait for each other all the time, and for
+        # whatever else wants a core; one of them that is put off then puts off both
         self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def close(self) -> None:
@@ -135,8 +136,7 @@ class CohortTraining:
                 self._free.put(trainer)
 
         done = 0
-        sums = map(run, chunks) if self._num_workers == 1 else self._pool.map(run, chunks)
-        for members, (total, statistics) in zip(chunks, sums, strict=True):
+        for members, (total, statistics) in zip(chunks, self._pool.map(run, chunks), strict=True):
             result.total.add_(total)
             for name, tensor in statistics.items():
                 result.buffers[name].add_(tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
@@ -46,13 +46,33 @@ def after_round(roster: Roster, updates: Sequence[ClientUpdate]) -> dict[str, St
 
 def facts_of(
     clients: Sequence[str], roster: Roster, *, num_samples: Mapping[str, int], unreachable: Collection[str]
-) -> dict[str, ClientFacts]:
-    """What a strategy may go by when it picks a cohort."""
-    return {
-        client: ClientFacts(
-            num_samples=num_samples.get(client, 0),
-            loss=roster[client].loss if client in roster else None,
-            is_available=client not in unreachable,
+) -> Mapping[str, ClientFacts]:
+    """What a strategy may go by when it picks a cohort: of each client when it asks."""
+    return _Facts(clients, roster, num_samples, unreachable)
+
+
+class _Facts(Mapping[str, ClientFacts]):
+    """Facts made when asked for: few strategies ask, and there may be 100,000 clients."""
+
+    def __init__(
+        self,
+        clients: Sequence[str],
+        roster: Roster,
+        num_samples: Mapping[str, int],
+        unreachable: Collection[str],
+    ) -> None:
+        self._clients, self._roster = clients, roster
+        self._num_samples, self._unreachable = num_samples, unreachable
+
+    def __getitem__(self, client: str) -> ClientFacts:
+        return ClientFacts(
+            num_samples=self._num_samples.get(client, 0),
+            loss=self._roster[client].loss if client in self._roster else None,
+            is_available=client not in self._unreachable,
         )
-        for client in clients
-    }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        return len(self._clients)

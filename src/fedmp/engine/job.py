@@ -142,7 +142,8 @@ class Job:
         self.downlink_channel({})
         if self.attack is not None:
             self.attack.attackers([client.name for client in self.topology.clients], seed=self.seed)
-        devices = {f"{client.name}/{d.name}" for client in self.topology.clients for d in client.devices}
+        every = self.topology.clients if self.faults or self.clock.losses else ()
+        devices = {f"{client.name}/{d.name}" for client in every for d in client.devices}
         named = [("faults", fault.device) for fault in self.faults]
         named += [("clock.losses", loss.device) for loss in self.clock.losses]
         for where, device in named:

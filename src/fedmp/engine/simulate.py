@@ -18,6 +18,7 @@ from fedmp.engine.arrivals import Arrivals, predict_arrivals
 from fedmp.engine.cohort import CohortClients, cohort_settings, keeps_at_clients, try_out, why_one_by_one
 from fedmp.engine.held import Held, HeldUpdates
 from fedmp.engine.job import Job
+from fedmp.engine.paced import PacedCheckpoints
 from fedmp.engine.prepare import ClientSetup, Prepared, build_model, load_and_split, prepare
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
 from fedmp.engine.simulated_time import SimulatedTime
@@ -41,11 +42,13 @@ class SimulateEngine(Component):
             where it gives the same result, and says so where it does not.
         chunk: clients at once; None for as many as fit the cache.
         workers: threads that train chunks; None for as many as torch uses.
+        checkpoint_s: seconds between checkpoints where many clients are trained at once; 0 for one a round.
     """
 
     cohort: Literal["auto", "vectorized", "sequential"] = "auto"
     chunk: int | None = Field(default=None, ge=1)
     workers: int | None = Field(default=None, ge=1)
+    checkpoint_s: float = Field(default=2.0, ge=0)
 
     @property
     def name(self) -> str:
@@ -99,6 +102,10 @@ class SimulateEngine(Component):
     def _run_at_once(self, session: Session) -> Outcome:
         clients = CohortClients(session, chunk=self.chunk, workers=self.workers)
         session.observe(Note(f"clients are trained {clients.chunk} at once by {clients.workers} threads"))
+        paced = PacedCheckpoints(
+            session.checkpoints, last_round=session.prepared.job.rounds, every_s=self.checkpoint_s
+        )
+        session = replace(session, checkpoints=paced)
         startup_s = time.monotonic() - session.started_s
         try:
             return Outcome(run_session(session, cohort_settings(session), clients), startup_s)
