@@ -88,7 +88,7 @@ def adaptive(*, rounds: int = 40, seed: int = 0) -> Curves:
             "FedAvgM 0.9": s.FedAvgM(momentum=0.9, **common),
             "FedAdagrad": s.FedAdagrad(server_rate=0.03, **common),
             "FedAdam": s.FedAdam(server_rate=0.01, **common),
-            "FedYogi": s.FedYogi(server_rate=0.01, **common),
+            "FedYogi": s.FedYogi(server_rate=0.03, **common),
         },
     )
 
