@@ -1,6 +1,6 @@
 """Aggregating a round: the journal's files to one update, against Flower and against this machine's memory.
 
-    python benchmarks/aggregation.py [--clients 50] [--parameters 10000000] [--repeats 5]
+    python benchmarks/aggregation.py [--clients 50] [--parameters 10000000] [--repeats 5] [--only NAME ...]
 
 So many updates lie in a journal as safetensors files. Every contestant runs in a process of its own, several times,
 in turns, and its best and median rates are shown: bytes of updates over seconds. Flower runs in a virtual environment
@@ -46,6 +46,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--parameters", type=int, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="contestants to leave the others out, such as MultiKrum"
+    )
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -86,7 +89,7 @@ def contest(options: argparse.Namespace, folder: Path, flower: str) -> dict[str,
     peaks: dict[str, float] = {}
     for turn in range(options.repeats):
         for name in (*MEMORY, *OURS, *FLOWER):
-            if name not in FAST and turn >= 1:
+            if (name not in FAST and turn >= 1) or (options.only and name not in (*FAST, *options.only)):
                 continue  # of the slow ones, one run is long enough
             python = f"{flower}/bin/python" if name in FLOWER else sys.executable
             command = [python, __file__, "--contestant", name, "--folder", str(folder)]
@@ -94,6 +97,7 @@ def contest(options: argparse.Namespace, folder: Path, flower: str) -> dict[str,
             run = subprocess.run(command, check=True, capture_output=True, text=True)
             found = json.loads(run.stdout.splitlines()[-1])
             seconds.setdefault(name, []).append(found["seconds"])
+            print(f"{name}: {found['seconds']:.3f} s", flush=True)
             peaks[name] = max(peaks.get(name, 0.0), found["peak_bytes"])
     size = options.clients * options.parameters * 4
     return {
@@ -203,6 +207,8 @@ def show(rates: dict[str, dict[str, float]], options: argparse.Namespace) -> Non
             f"{name:20}{row['best_gb_per_s']:12.2f}{row['median_gb_per_s']:12.2f}{row['peak_stages']:18.2f}"
         )
     for ours, theirs in (("WeightedMean", FLOWER[0]), ("CoordinateMedian", FLOWER[1])):
+        if ours not in rates or theirs not in rates:
+            continue
         for kind in ("best", "median"):
             ratio = rates[ours][f"{kind}_gb_per_s"] / rates[theirs][f"{kind}_gb_per_s"]
             print(f"{ours} over {theirs}, {kind}: {ratio:.1f} x")
