@@ -124,7 +124,8 @@ def _open(
     cohort = (
         strategy.cohort(free, round=round, seed=settings.seed, size=size, facts=facts) if size > 0 else ()
     )
-    spare = [client for client in free if client not in cohort] if closing.refills else []
+    beginning = set(cohort)
+    spare = [client for client in free if client not in beginning] if closing.refills else []
     order = torch.randperm(
         len(spare), generator=torch.Generator().manual_seed(derive_seed(settings.seed, "spare", round))
     )
