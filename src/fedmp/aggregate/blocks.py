@@ -17,8 +17,10 @@ __all__ = ["combine_sorted", "gives_views", "non_finite", "read", "weighted_sum"
 
 Updates = Sequence[Mapping[str, torch.Tensor]]
 
-# elements: of float32 they fill 1 MiB, which torch's threads keep in their caches while all clients are added
-_SUM_BLOCK = 1 << 18
+# torch keeps operations on so few elements on the calling thread (at::internal::GRAIN_SIZE), and our own threads
+# share out the blocks. torch's threads on larger blocks are up to half as fast again on an idle machine, but wait for
+# each other after every client's block, which on a busy machine takes many times longer than the work
+_SUM_BLOCK = 1 << 15
 _SORT_BLOCK_BYTES = 1 << 20
 _MAX_THREADS = 4
 # below this a thread costs more than it saves
@@ -64,10 +66,14 @@ def weighted_sum(updates: Updates, name: str, coefficients: Sequence[float]) -> 
     total = torch.zeros_like(first, dtype=working_dtype(first.dtype))
     if all(gives_views(update) for update in updates) and total.is_contiguous():
         tensors, flat = read(updates, name), total.view(-1)
-        for start in range(0, flat.numel(), _SUM_BLOCK):
-            accumulator = flat[start : start + _SUM_BLOCK]
+
+        def add_up(start: int, stop: int) -> None:
+            accumulator = flat[start:stop]
             for tensor, coefficient in zip(tensors, coefficients, strict=True):
-                accumulator.add_(tensor[start : start + _SUM_BLOCK].to(flat.dtype), alpha=coefficient)
+                accumulator.add_(tensor[start:stop].to(flat.dtype), alpha=coefficient)
+
+        num_bytes = first.element_size() * first.numel() * len(updates)
+        _over_blocks(first.numel(), _SUM_BLOCK, num_bytes, add_up)
     else:
         for update, coefficient in zip(updates, coefficients, strict=True):
             total.add_(update[name].to(total.dtype), alpha=coefficient)
