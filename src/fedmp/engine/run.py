@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,10 +16,8 @@ import torch
 from fedmp.coordinator import Checkpoint, CheckpointStore, GlobalModel, Roster
 from fedmp.engine.central import CentralizedResult, train_centrally
 from fedmp.engine.job import Engine, Job, Result
-from fedmp.engine.local import LocalEngine
 from fedmp.engine.prepare import Prepared
 from fedmp.engine.session import Outcome, Session
-from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError, ResumeError
 from fedmp.records import (
     Event,
@@ -35,9 +34,10 @@ from fedmp.report import RunDirectory, make_view
 
 __all__ = ["run_job"]
 
-_ENGINES: dict[str, type[LocalEngine] | type[SimulateEngine]] = {
-    "local": LocalEngine,
-    "simulate": SimulateEngine,
+# imported when one is chosen: a simulation needs no web server
+_ENGINES = {
+    "local": ("fedmp.engine.local", "LocalEngine"),
+    "simulate": ("fedmp.engine.simulate", "SimulateEngine"),
 }
 
 
@@ -54,7 +54,9 @@ def run_job(
     if isinstance(engine, str):
         if engine not in _ENGINES:
             raise ConfigError(f"no engine is called {engine!r}; there are {', '.join(_ENGINES)}")
-        engine = _ENGINES[engine]()
+        module, name = _ENGINES[engine]
+        made_engine: Engine = getattr(importlib.import_module(module), name)()
+        engine = made_engine
     run_dir = Path(run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     try:

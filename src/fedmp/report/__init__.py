@@ -4,13 +4,17 @@ run: only a run directory that cannot be written is an error, raised before the 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from fedmp.report.live import LiveView, PlainView, QuietView, View, make_view
 from fedmp.report.logs import LogView, configure_logs
-from fedmp.report.pictures import draw_accuracy, draw_data, draw_plan, draw_timeline
 from fedmp.report.run_directory import RunDirectory
 from fedmp.report.tables import closing_table, data_table, plan_table, plans_panel
 from fedmp.report.trace import DeviceShares, chrome_trace, format_shares, time_shares, write_chrome_trace
 from fedmp.report.units import format_bytes, format_count, format_memory, format_seconds, format_share
+
+if TYPE_CHECKING:
+    from fedmp.report.pictures import draw_accuracy, draw_data, draw_plan, draw_timeline
 
 __all__ = [
     "DeviceShares",
@@ -40,3 +44,11 @@ __all__ = [
     "time_shares",
     "write_chrome_trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("draw_accuracy", "draw_data", "draw_plan", "draw_timeline"):  # these import matplotlib
+        from fedmp.report import pictures
+
+        return getattr(pictures, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,6 @@ from typing import Any
 from fedmp.errors import ConfigError
 from fedmp.records import ClientData, Plan, RoundRecord, RoundTimed, Summary, TimedAction, rounds_of
 from fedmp.report.files import write_atomically
-from fedmp.report.pictures import draw_accuracy, draw_clock, draw_data, draw_plan, draw_timeline
 from fedmp.report.trace import format_shares, predicted_busy, time_shares, write_chrome_trace
 
 __all__ = ["RunDirectory"]
@@ -233,6 +232,9 @@ class RunDirectory:
             ConfigError: a file cannot be written.
             ValueError: another suffix.
         """
+        # matplotlib takes half a second to import, which the first round need not wait for
+        from fedmp.report.pictures import draw_accuracy, draw_clock, draw_data, draw_plan, draw_timeline
+
         drawings: dict[str, Callable[[Path], None]] = {}
         if records:
             drawings["accuracy"] = lambda path: draw_accuracy(records, path, centralized_accuracy)
@@ -270,6 +272,8 @@ class RunDirectory:
         Raises:
             ConfigError: a file cannot be written.
         """
+        from fedmp.report.pictures import draw_timeline
+
         folder = self.path / "traces"
         written = []
         with _explained(folder):
