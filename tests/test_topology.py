@@ -82,3 +82,9 @@ def test_uneven_devices_differ_in_speed_by_ten() -> None:
     topology = Topology.model_validate(yaml.safe_load((CONFIGS / "uneven.yaml").read_text()))
     speeds = [device.flops_per_s for device in topology.clients[0].devices]
     assert max(speeds) / min(speeds) == 10
+
+
+def test_many_clients_share_their_devices_and_are_made_at_once() -> None:
+    clients = Topology(clients={"count": 100_000, "devices": {"count": 2}}).clients
+    assert clients[99_999].name == "c99999"
+    assert clients[99_999].devices is clients[0].devices

@@ -188,3 +188,48 @@ def test_a_simulated_run_is_resumed_where_it_ended(tmp_path: Path) -> None:
 def test_the_same_job_twice_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     first, second = (run(ragged_job(), tmp_path / name) for name in ("first", "second"))
     assert_same(weights(first), weights(second))
+
+
+def test_a_large_population_is_neither_traced_nor_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("planned")
+
+    monkeypatch.setattr("fedmp.engine.unplanned.plan_split", refuse)
+    x, y = torch.randn(20_000, 4), torch.randint(0, 3, (20_000,))
+    job = Job(
+        model=partial(nn.Linear, 4, 3),
+        topology=Topology(clients={"count": 10_000, "devices": 1}),
+        data=(x, y, x[:10], y[:10]),
+        strategy=FedAvg(fraction=0.01),
+        optimizer=sgd(0.1),
+        rounds=2,
+    )
+    result = run(job, tmp_path / "run")
+    assert [len(record.clients) for record in result.history] == [100, 100]
+    assert (result.summary.clients, result.plans) == (10_000, {})
+
+
+def test_updates_are_summed_chunk_by_chunk_where_only_their_mean_is_wanted() -> None:
+    from fedmp.cohort import ChunkWork, Cohort, CohortTraining, Objective, flat_layout, flat_optimizer
+    from fedmp.data import Dataset
+    from fedmp.learning_rate import Constant
+    from fedmp.tasks import CrossEntropy
+
+    model = nn.Linear(4, 3)
+    layout = flat_layout(model)
+    data = Dataset(torch.randn(60, 4), torch.randint(0, 3, (60,)))
+    work = ChunkWork(
+        flat_optimizer(sgd(0.1)), Objective(CrossEntropy()), data, Constant(), 1, None, 1, 1, True
+    )
+    training = CohortTraining(model, layout, work, batch_size=5, seed=0, chunk=2, workers=1)
+    rows = list(torch.arange(60).split(10))
+    cohort = Cohort([f"c{i}" for i in range(6)], rows, [2] * 6, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    summed = training.train(cohort, start, {}, round=1, keep=False)
+    kept = training.train(cohort, start, {}, round=1, keep=True)
+    training.close()
+    assert summed.parameters.numel() == 0
+    expected = torch.tensor(cohort.weights) @ kept.parameters
+    torch.testing.assert_close(summed.total, expected)
