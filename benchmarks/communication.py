@@ -122,21 +122,21 @@ SETTINGS = {
     ),
 }
 
+_BEST = (LowRank(rank=16), Int4(block=64), Zstd())
+
 METHODS = (
     Method("plain"),
     Method("bf16", (BFloat16(),)),
     Method("int8", (Int8(),)),
     Method("int4", (Int4(),)),
     Method("sign", (Sign(),)),
-    Method("topk 1 %", (TopK(fraction=0.01),)),
+    Method("topk 5 %", (TopK(fraction=0.05),)),
+    Method("topk 5 %, int4, zstd", (TopK(fraction=0.05), Int4(block=64), Zstd())),
     Method("randomk 5 %", (RandomK(fraction=0.05),)),
-    Method("lowrank 4", (LowRank(rank=4),)),
-    Method("topk 2 %, int4, zstd", (TopK(fraction=0.02), Int4(block=64), Zstd())),
-    Method(
-        "the same, int8 and zstd down",
-        (TopK(fraction=0.02), Int4(block=64), Zstd()),
-        (Int8(), Zstd()),
-    ),
+    Method("lowrank 8", (LowRank(rank=8),)),
+    Method("lowrank 8, int4, zstd", (LowRank(rank=8), Int4(block=64), Zstd())),
+    Method("lowrank 16, int4, zstd", _BEST),
+    Method("the same; int8, zstd down", _BEST, (Int8(), Zstd())),
     Method("DiLoCo", is_diloco=True),
     Method("data parallel", is_synchronous=True),
 )

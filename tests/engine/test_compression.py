@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 
 from fedmp import cli
 from fedmp.component import Component
+from fedmp.engine.prepare import prepare
 from fedmp.models import MLP
 from fedmp.records import Fault
 from fedmp.strategy import FedAvg
 from fedmp.updates import BFloat16, Clip, Encoded, Int4, Int8, LowRank, Part, RandomK, Sign, TopK, Zstd
+from tests.support.deployment import Deployment, ends
 from tests.support.jobs import TINY_CNN, assert_same, images, run, tiny_job, topology, weights
 
 CHAINS: dict[str, dict[str, Any]] = {
@@ -83,6 +86,27 @@ def test_a_device_that_is_lost_does_not_lose_what_its_transforms_keep(tmp_path: 
     disturbed = run(tiny_job(**settings, faults=(fault,)), tmp_path / "disturbed", "local")
     assert disturbed.summary.faults == 1
     assert_same(weights(disturbed), weights(undisturbed))
+
+
+@pytest.mark.slow
+def test_a_deployed_coordinator_that_is_killed_forgets_nothing_of_what_clients_keep(tmp_path: Path) -> None:
+    job = tiny_job(**CHAINS["topk int8"], downlink=(Int8(), Zstd()), rounds=3, topology=topology(2, 1))
+    expected = weights(run(job, tmp_path / "local", "local"))
+    with Deployment(tmp_path, job) as federation:
+        devices = federation.devices()
+        assert ends(federation.coordinator(kill_at="before the commit", nth=2)) == -signal.SIGKILL
+        assert ends(federation.coordinator()) == 0
+        assert [ends(device) for device in devices] == [0] * 3
+        assert_same(federation.final_state(), expected)
+
+
+def test_predicted_times_know_that_less_travels() -> None:
+    plain, small = (
+        prepare(tiny_job(transforms=transforms)).clients["c0"] for transforms in ((), (Int8(block=64),))
+    )
+    assert [device.down_bytes for device in small.moved] == [device.down_bytes for device in plain.moved]
+    ups = [(ours.up_bytes, theirs.up_bytes) for ours, theirs in zip(small.moved, plain.moved, strict=True)]
+    assert sum(ours for ours, _ in ups) < 0.3 * sum(theirs for _, theirs in ups)
 
 
 def test_batch_norm_statistics_and_counters_arrive_unharmed(tmp_path: Path) -> None:
