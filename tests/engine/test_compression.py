@@ -14,6 +14,7 @@ import torch
 from fedmp import cli
 from fedmp.component import Component
 from fedmp.engine.prepare import prepare
+from fedmp.engine.simulate import SimulateEngine
 from fedmp.models import MLP
 from fedmp.records import Fault
 from fedmp.strategy import FedAvg
@@ -45,6 +46,33 @@ def test_real_devices_and_simulated_ones_make_the_same_model_of_the_same_bytes(
         slack = 4 * 64 if "zstd," in chain else 0
         assert abs(there.bytes_up - here.bytes_up) <= slack
         assert there.bytes_down == here.bytes_down
+
+
+@pytest.mark.parametrize(
+    ("transforms", "downlink", "atol"),
+    [((Clip(max_norm=0.5), LowRank(rank=3)), (), 1e-5), ((RandomK(fraction=0.2), Zstd()), (), 1e-5)],
+)
+def test_a_cohort_trained_at_once_sends_what_one_client_after_another_does(
+    tmp_path: Path, transforms: tuple[Any, ...], downlink: tuple[Any, ...], atol: float
+) -> None:
+    job = tiny_job(transforms=transforms, downlink=downlink, rounds=3, topology=topology(1, 1, 1))
+    at_once = run(job, tmp_path / "vectorized", SimulateEngine(cohort="vectorized"))
+    in_turn = run(job, tmp_path / "sequential", SimulateEngine(cohort="sequential"))
+    assert_same(weights(at_once), weights(in_turn), rtol=0, atol=atol)
+    for there, here in zip(at_once.history, in_turn.history, strict=True):
+        assert there.bytes_down == here.bytes_down
+        # compressed digits of numbers that differ in their last places
+        assert abs(there.bytes_up - here.bytes_up) <= (64 if Zstd() in transforms else 0)
+
+
+def test_a_cohort_starts_from_what_it_receives(tmp_path: Path) -> None:
+    job = tiny_job(downlink=(Int4(block=64),), rounds=2, topology=topology(1, 1))
+    at_once = run(job, tmp_path / "vectorized", SimulateEngine(cohort="vectorized"))
+    in_turn = run(job, tmp_path / "sequential", SimulateEngine(cohort="sequential"))
+    plain = run(tiny_job(rounds=2, topology=topology(1, 1)), tmp_path / "plain")
+    assert at_once.history[0].train_loss == pytest.approx(in_turn.history[0].train_loss, rel=1e-5)
+    assert at_once.history[0].train_loss != pytest.approx(plain.history[0].train_loss, rel=1e-5)
+    assert at_once.summary.bytes_down == in_turn.summary.bytes_down < plain.summary.bytes_down / 3
 
 
 def test_what_travels_is_counted_in_bodies(tmp_path: Path) -> None:

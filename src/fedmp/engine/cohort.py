@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 
 from fedmp.aggregate import WeightedMean
-from fedmp.client import LocalWork, stage_body, update_body
+from fedmp.client import LocalWork
 from fedmp.clock import Clock
 from fedmp.cohort import (
     ChunkWork,
@@ -28,6 +28,8 @@ from fedmp.cohort import (
 from fedmp.coordinator import ClientUpdate, Opening, RoundSettings, Trained
 from fedmp.engine.job import Job
 from fedmp.engine.session import Session, plain_evaluation
+from fedmp.engine.simulated_wire import SimulatedWire
+from fedmp.engine.traffic import Traffic
 from fedmp.engine.unplanned import Unplanned
 from fedmp.graph import state_specs
 from fedmp.records import DeviceReport, Progress
@@ -56,8 +58,6 @@ def why_one_by_one(job: Job) -> str:
     closing = strategy.closing(len(job.topology.clients))
     if strategy.local_rule or strategy.server_rule or strategy.keeps_optimizer or strategy.effort:
         return f"the strategy {type(strategy).__name__} has rules of its own for each client"
-    if job.transforms or job.downlink:
-        return "transforms are applied to one client's update at a time"
     if closing.refills or closing.deadline_s is not None or closing.num_training != closing.wanted:
         return "who is in time for a round's end depends on the clients' plans"
     if job.clock != Clock():
@@ -190,13 +190,11 @@ class CohortClients:
             chunk=self.chunk,
             workers=self.workers,
         )
-        self._keeps = not _is_mean_by_samples(job)
+        self._keeps = not _is_mean_by_samples(job) or bool(job.transforms)
         specs = prepared.specs
         self._pushed = trained_names(specs.values())
-        state = session.model.state
-        pushed = {name: state[name] for name in self._pushed}
-        self._bytes_up = len(update_body(pushed, DeviceReport(num_examples=1), None)[0])
-        self._bytes_down = len(stage_body(state, None)[0])
+        self._wire = SimulatedWire(session, specs)
+        self._traffic = Traffic(self._wire.uplink, self._wire.downlink)
 
     def train(self, opening: Opening) -> Trained:
         """Train the cohort.
@@ -204,7 +202,9 @@ class CohortClients:
         Raises:
             TrainingError: a client's loss is not finite.
         """
-        rows, counts, state = self._prepared.rows, self._counts, self._session.model.state
+        rows, counts = self._prepared.rows, self._counts
+        handed_out = self._wire.hand_out(opening.round)
+        state = handed_out.tensors
         sizes = [rows.size(name) for name in opening.cohort]
         samples = [counts.num_examples(size) for size in sizes]
         cohort = Cohort(
@@ -213,7 +213,7 @@ class CohortClients:
             num_batches=[counts.num_batches(size) for size in sizes],
             weights=samples,
         )
-        evaluation = self._evaluate(cohort) if self._counts.evaluate_first else None
+        evaluation = self._evaluate(cohort, state) if self._counts.evaluate_first else None
         start = torch.cat([state[name].flatten() for name in self._layout.names])
         before = {name: state[name].clone() for name in self._statistics}
         result = self._training.train(
@@ -227,10 +227,15 @@ class CohortClients:
         updates = CohortUpdates(
             opening, sizes, samples, result, self._layout, start, before, self._zeros(state), evaluation
         )
-        clients = len(opening.cohort)
-        return Trained(
-            updates=updates, bytes_up=clients * self._bytes_up, bytes_down=clients * self._bytes_down
-        )
+        sent: Sequence[ClientUpdate] = updates
+        if self._job.transforms:
+            decoded = [self._wire.send(update, opening.states.get(update.client, "")) for update in updates]
+            sent = [update for update, _ in decoded]
+            bytes_up = sum(self._traffic.whole_up(payload) for _, payload in decoded)
+        else:
+            bytes_up = len(updates) * self._traffic.whole_up({name: state[name] for name in self._pushed})
+        bytes_down = len(updates) * self._traffic.whole_down(handed_out.payload)
+        return Trained(updates=sent, bytes_up=bytes_up, bytes_down=bytes_down)
 
     def unreachable(self) -> frozenset[str]:
         """Nobody."""
@@ -248,9 +253,11 @@ class CohortClients:
         moved = {*self._layout.names, *self._statistics}
         return {name: torch.zeros_like(state[name]) for name in self._pushed if name not in moved}
 
-    def _evaluate(self, cohort: Cohort) -> list[tuple[float, float, float]]:
+    def _evaluate(
+        self, cohort: Cohort, state: Mapping[str, torch.Tensor]
+    ) -> list[tuple[float, float, float]]:
         """Loss, weight and correct predictions of the round's starting model on each client's data."""
-        evaluate = plain_evaluation(self._prepared.model, self._session.model.state, self._job.task)
+        evaluate = plain_evaluation(self._prepared.model, state, self._job.task)
         dataset = self._prepared.data.train
         return [evaluate(dataset, own) for own in cohort.rows]
 

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from pydantic import Field
 
-from fedmp.client import LocalRound, StateStore, Wire
+from fedmp.client import LocalRound, StateStore
 from fedmp.component import Component
 from fedmp.coordinator import ClientUpdate, Opening, Trained
 from fedmp.engine.arrivals import Arrivals, predict_arrivals
@@ -22,6 +22,7 @@ from fedmp.engine.paced import PacedCheckpoints
 from fedmp.engine.prepare import ClientSetup, Prepared, build_model, load_and_split, prepare
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
 from fedmp.engine.simulated_time import SimulatedTime
+from fedmp.engine.simulated_wire import SimulatedWire
 from fedmp.engine.traffic import Traffic
 from fedmp.engine.unplanned import Rows, Unplanned
 from fedmp.errors import ConfigError
@@ -29,7 +30,6 @@ from fedmp.pipeline import BatchResult, StageRunner
 from fedmp.records import Note, Progress, state_key
 from fedmp.schedule import OneFOneB
 from fedmp.stages import Stage
-from fedmp.updates import Decoded
 
 __all__ = ["CohortTrainer", "OneByOne", "SimulateEngine", "SimulatedClients"]
 
@@ -162,15 +162,12 @@ class SimulatedClients:
         trainer: CohortTrainer,
         finish_s: Callable[[ClientSetup, int], float] | None = None,
     ) -> None:
-        job, specs = session.prepared.job, session.prepared.graph.state
-        self._session = session
         self._prepared = session.prepared
         self._trainer = trainer
         self._time = SimulatedTime(session)
         self._finish_s = finish_s or self._time.finish_s
-        self._uplink, self._downlink = job.uplink_channel(specs), job.downlink_channel(specs)
-        self._traffic = Traffic(self._uplink, self._downlink)
-        self._states = StateStore(session.state_folder, is_durable=False)
+        self._wire = SimulatedWire(session, session.prepared.graph.state)
+        self._traffic = Traffic(self._wire.uplink, self._wire.downlink)
         self._store = HeldUpdates(session.journal_folder / "late")
         self._held: Mapping[str, Held] = self._store.load(session.first_round - 1, session.late)
 
@@ -194,8 +191,8 @@ class SimulatedClients:
         took_part = {*arrivals.counted, *arrivals.left_s}
         begun = [setup for name, setup in clients.items() if name in took_part and name not in opening.late]
         needed = [setup for setup in begun if setup.name not in lost]
-        payload, handed_out = self._hand_out(round)
-        made = self._trainer.train(needed, round=round, states=opening.states, handed_out=handed_out)
+        handed_out = self._wire.hand_out(round)
+        made = self._trainer.train(needed, round=round, states=opening.states, handed_out=handed_out.tensors)
         arriving = dict(self._held)
         for setup, update in zip(needed, made, strict=True):
             arriving[setup.name] = self._send(setup, update, opening.states.get(setup.name, ""))
@@ -209,28 +206,19 @@ class SimulatedClients:
             sat_out=lost,
             bytes_up=sum(arriving[setup.name].num_bytes for setup in counted),
             bytes_down=sum(
-                self._traffic.down(s, payload, round=round, is_first=not opening.states.get(s.name))
-                for s in begun
+                self._traffic.down(
+                    setup, handed_out.payload, round=round, is_first=not opening.states.get(setup.name)
+                )
+                for setup in begun
             ),
             faults=faults,
             recoveries=recoveries,
             simulated_s=arrivals.duration_s,
         )
 
-    def _hand_out(self, round: int) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
-        """What clients may pull as it travels, and as they have it then."""
-        whole = self._session.model.handed_out
-        payload, _ = self._downlink.encode(whole, {}, sender="", round=round)
-        return payload, Wire("", self._uplink, self._downlink).unpack(payload, round=round)
-
     def _send(self, setup: ClientSetup, update: ClientUpdate, base: str) -> Held:
         """An update as the coordinator will have it, and its bytes on the way there."""
-        wire, round = Wire(setup.name, self._uplink, self._downlink), update.round
-        state = self._states.load(setup.name, base, wanted=Wire.concerns) if wire.keeps_state else {}
-        payload, state = wire.pack(update, state, round=round)
-        self._states.save(setup.name, state_key(round), "sent", state, base=base)
-        if not self._uplink.is_plain:
-            update = replace(update, tensors=Decoded(payload, self._uplink, setup.name, round))
+        update, payload = self._wire.send(update, base)
         return Held(update, 0.0, self._traffic.up(setup, payload))
 
     def unreachable(self) -> frozenset[str]:

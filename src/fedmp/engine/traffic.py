@@ -43,6 +43,14 @@ class Traffic:
             bodies[home[self._uplink.name_of(part)]][part] = tensor
         return sum(self._length(body, is_update=True) for body in bodies)
 
+    def whole_up(self, payload: Mapping[str, torch.Tensor]) -> int:
+        """Bytes of the update of a client that is one device."""
+        return self._length(payload, is_update=True)
+
+    def whole_down(self, payload: Mapping[str, torch.Tensor]) -> int:
+        """Bytes of the global model for a client that is one device."""
+        return self._length(payload, is_update=False)
+
     def down(
         self, setup: ClientSetup, payload: Mapping[str, torch.Tensor], *, round: int, is_first: bool
     ) -> int:
