@@ -4,7 +4,7 @@ Sparsified SGD with memory (Stich et al., 2018, algorithm 1; Aji and Heafield, 2
 error feedback. Where we differ: k is a share of each tensor, not of the model, so that what is sent does not
 depend on how the model is cut. EF21 (Richtarik et al., 2021) sends differences to what the coordinator holds
 of the client instead of keeping a residual; the coordinator would hold an update of every client for it,
-so it is not offered: see docs/compression.md.
+so it is not offered: see docs/decisions/0010.
 """
 
 from __future__ import annotations
