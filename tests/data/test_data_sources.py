@@ -173,8 +173,8 @@ def test_every_config_names_a_component_and_repeats_no_default(group: str) -> No
 
 
 def test_the_public_names_are_these() -> None:
-    sets = "CIFAR10 Elec2 FashionMNIST FashionMNISTExcerpt HAPT MNIST NoData Shakespeare ArrayData"
-    splits = "ByUser Dirichlet IID Own Shards describe"
+    sets = "CIFAR10 Elec2 FashionMNIST FashionMNISTExcerpt HAPT MNIST NoData Shakespeare Synthetic ArrayData"
+    splits = "ByUser Dirichlet IID Own PowerLaw Shards describe"
     shared = "DataSource Dataset Split TrainTest"
     assert sorted(fedmp.data.__all__) == sorted(f"{sets} {splits} {shared}".split())
 

@@ -10,6 +10,7 @@ import pytest
 from fedmp import Topology
 from fedmp.clock import Clock, Loss
 from fedmp.engine.prepare import plan_anew, prepare
+from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import RoundError
 from fedmp.report.run_directory import RunDirectory
 from fedmp.strategy import FedAvg
@@ -116,7 +117,9 @@ def test_what_is_compressed_takes_less_time_to_push(tmp_path: Path) -> None:
     slow = Topology(
         clients=[{"name": "c0", "devices": 1, "uplink": {"bandwidth_bytes_per_s": 1e4, "latency_s": 0}}]
     )
-    plain = run(tiny_job(topology=slow, rounds=1), tmp_path / "plain").history[0]
-    half = run(tiny_job(topology=slow, rounds=1, transforms=(BFloat16(),)), tmp_path / "half").history[0]
+    planned = SimulateEngine(cohort="sequential")
+    plain = run(tiny_job(topology=slow, rounds=1), tmp_path / "plain", planned).history[0]
+    job = tiny_job(topology=slow, rounds=1, transforms=(BFloat16(),))
+    half = run(job, tmp_path / "half", planned).history[0]
     push_s = sum(tensor.numel() * 4 for tensor in prepare(tiny_job()).model.state_dict().values()) / 1e4
     assert plain.simulated_s - half.simulated_s == pytest.approx(push_s / 2, rel=0.05)

@@ -101,7 +101,12 @@ class SimulateEngine(Component):
 
     def _run_at_once(self, session: Session) -> Outcome:
         clients = CohortClients(session, chunk=self.chunk, workers=self.workers)
-        session.observe(Note(f"clients are trained {clients.chunk} at once by {clients.workers} threads"))
+        session.observe(
+            Note(
+                f"clients are trained {clients.chunk} at once by {clients.workers} threads, without plans: "
+                f"simulated times are 0, and engine.cohort=sequential predicts them"
+            )
+        )
         paced = PacedCheckpoints(
             session.checkpoints, last_round=session.prepared.job.rounds, every_s=self.checkpoint_s
         )
