@@ -158,7 +158,7 @@ def test_a_v_shape_gives_inputs_and_targets_to_one_device_and_nothing_to_the_oth
     prepared = prepare(tiny_job(topology=topology(3), data=images(30), model=TINY_CNN, schedule=VShape()))
     setup = next(iter(prepared.clients.values()))
     specs = {
-        member.rank: LocalEngine()._spec("http://x", prepared, setup, member, "token")
+        member.rank: LocalEngine()._spec("http://x", prepared, Path("state"), setup, member, "token")
         for member in members_of(prepared)
     }
     assert [blueprint.index for blueprint in specs[0].blueprints] == [0, 5]
