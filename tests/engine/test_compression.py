@@ -94,7 +94,7 @@ def test_plans_make_no_difference_to_what_is_learnt(tmp_path: Path, chain: str) 
     assert_same(weights(cut), weights(same), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["simulate", "local"])
+@pytest.mark.parametrize("engine", ["simulate", pytest.param("local", marks=pytest.mark.slow)])
 def test_what_transforms_keep_survives_a_resumed_run_bit_for_bit(tmp_path: Path, engine: str) -> None:
     settings = {"transforms": (TopK(fraction=0.05), Int8(block=64)), "downlink": (BFloat16(),)}
     settings |= {"strategy": FedAvg(fraction=0.5)}
@@ -106,7 +106,7 @@ def test_what_transforms_keep_survives_a_resumed_run_bit_for_bit(tmp_path: Path,
     assert_same(weights(part), weights(whole))
 
 
-@pytest.mark.parametrize("phase", ["backward", "push"])
+@pytest.mark.parametrize("phase", ["backward", pytest.param("push", marks=pytest.mark.slow)])
 def test_a_device_that_is_lost_does_not_lose_what_its_transforms_keep(tmp_path: Path, phase: str) -> None:
     settings = {"transforms": (TopK(fraction=0.05),), "rounds": 3}
     undisturbed = run(tiny_job(**settings), tmp_path / "undisturbed", "local")

@@ -204,6 +204,7 @@ def test_over_selection_over_real_processes_does_not_wait_for_the_straggler(tmp_
     assert_same(weights(result), replayed(job, [{"c0": 1, "c2": 1}]), **FLOAT64)
 
 
+@pytest.mark.slow
 def test_at_its_deadline_a_round_over_real_processes_closes_with_the_minimum(tmp_path: Path) -> None:
     job = replace(
         JOB,
@@ -235,6 +236,7 @@ def test_late_clients_over_real_processes_count_as_in_the_simulation(tmp_path: P
     assert not (tmp_path / "run" / "journal" / "round-00001").exists()
 
 
+@pytest.mark.slow
 def test_fedbuff_over_real_processes_takes_whoever_comes_first(tmp_path: Path) -> None:
     job = replace(
         JOB,
@@ -250,6 +252,7 @@ def test_fedbuff_over_real_processes_takes_whoever_comes_first(tmp_path: Path) -
     assert_same(weights(result), replayed(job, [{"c0": 1}, {"c1": 1}]), **FLOAT64)
 
 
+@pytest.mark.slow
 def test_a_late_device_that_is_killed_pulls_its_old_stage_again(tmp_path: Path) -> None:
     job = replace(
         JOB,
@@ -268,6 +271,7 @@ def test_a_late_device_that_is_killed_pulls_its_old_stage_again(tmp_path: Path) 
     assert_same(weights(result), replayed(job, [{"c0": 1}, {"c1": 1}]), **FLOAT64)
 
 
+@pytest.mark.slow
 def test_real_processes_go_on_with_a_late_round_when_the_run_is_resumed(tmp_path: Path) -> None:
     """The devices are new ones: they pull the stage that the late client began with, and train it again."""
     job = replace(
