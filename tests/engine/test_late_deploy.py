@@ -59,11 +59,7 @@ STEPS = [
 
 @pytest.mark.parametrize(
     ("step", "nth"),
-    [
-        pytest.param(step, nth, marks=() if (step, nth) == (ACCEPTED, 3) else pytest.mark.slow)
-        for step, times in STEPS
-        for nth in times
-    ],
+    [pytest.param(step, nth, marks=pytest.mark.slow) for step, times in STEPS for nth in times],
 )
 def test_a_coordinator_killed_while_an_update_is_late_ends_with_the_same_model(
     step: str, nth: int, undisturbed: dict[str, torch.Tensor], tmp_path: Path
