@@ -137,7 +137,9 @@ def check_address(host: str, port: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio switches off Nagle's algorithm only where it sees this protocol, and then a body that follows its
+    # head would wait 40 ms for the peer's delayed acknowledgement (https://github.com/Kludex/uvicorn/issues/3149)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
