@@ -56,6 +56,36 @@ def test_importing_fedmp_imports_neither_torch_nor_hydra() -> None:
     assert out.stdout.strip() == "[]"
 
 
+HEAVY = (
+    "sympy torch._dynamo torch._inductor torch.onnx matplotlib PIL scipy sklearn pandas fastapi uvicorn starlette "
+    "httpx cryptography"
+)
+FIRST_ROUND = f"""
+import sys
+import fedmp.cli, fedmp.config
+import torch
+from fedmp import Job, Topology
+from fedmp.records import RoundFinished
+
+heavy = {HEAVY.split()!r}
+
+def observe(event):
+    if isinstance(event, RoundFinished):
+        print(sorted(name for name in heavy if name in sys.modules))
+
+x, y = torch.randn(8, 4), torch.arange(8) % 2
+Job(
+    model=torch.nn.Linear(4, 2), topology=Topology(clients=dict(count=4, devices=1)), data=(x, y, x, y), rounds=1
+).run("simulate", run_dir=sys.argv[1], observe=observe)
+"""
+
+
+def test_a_simulations_first_round_has_imported_nothing_that_takes_long_but_torch(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FIRST_ROUND, str(tmp_path / "run")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
 def test_the_version_is_that_of_the_package() -> None:
     try:
         installed = importlib.metadata.version("fedmp")

@@ -131,7 +131,7 @@ class ChunkTrainer:
         output = self.module.run(one.inputs, one.first, one.stop)
         sums = self._work.objective.loss_sums(output, one.targets)
         if sums.requires_grad:
-            sums.backward((1 / total).to(sums.dtype))
+            self._work.objective.go_back(sums, total)
             self.module.collect(one.first, one.stop)
         correct += self._work.objective.num_correct(output, one.targets)
         return sums.detach()

@@ -56,6 +56,13 @@ class Objective:
             raise CannotStackError("the task's loss is not a scalar tensor")
         return unstack(sums)
 
+    def go_back(self, sums: torch.Tensor, totals: torch.Tensor) -> None:
+        """Add each client's gradient of its mean loss: [K] sums over [K] weights.
+
+        One scalar is differentiated, because torch imports sympy to check a gradient that it is given.
+        """
+        (sums * (1 / totals).to(sums.dtype)).sum().backward()
+
     def num_correct(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
         """[K] correct predictions."""
         task = self.task

@@ -114,7 +114,7 @@ def _stacked(
         y = objective.pad(y, [len(inputs)] * 2)
     sums = objective.loss_sums(module.run(x, 0, 2), y)
     module.begin_step(is_cleared=False)
-    sums.backward((1 / objective.weights(y)).to(sums.dtype))
+    objective.go_back(sums, objective.weights(y))
     module.collect(0, 2)
     flat = torch.zeros_like(module.gradients[0])
     for begin, end in module.spans([(0, 2)]):

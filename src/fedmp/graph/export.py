@@ -12,20 +12,22 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 import torch.fx.experimental._config as shape_config
 from torch import nn
 from torch.utils._pytree import TreeSpec
 
 from fedmp.errors import TraceError
-from fedmp.graph.batch import BATCH, in_batch
+from fedmp.graph.batch import batch_symbol, in_batch
 from fedmp.graph.chance import DecideCertainBranches
 from fedmp.graph.flat import FlatForward, FlatInputs
 from fedmp.graph.leaf import LeafTracer
 from fedmp.graph.traceable import traceable
+
+if TYPE_CHECKING:
+    import sympy
 
 __all__ = ["Exported", "export_mode"]
 
@@ -149,6 +151,9 @@ def _batch_rules(
     program: torch.export.ExportedProgram, hint: int, is_oblivious: bool
 ) -> tuple[dict[sympy.Symbol, sympy.Expr], tuple[Any, ...]]:
     """What the symbols stand for, and the guards that the trace relied on, in terms of the batch size."""
+    import sympy  # torch has imported it by now, to trace the model
+
+    batch = batch_symbol()
     sizes: dict[sympy.Symbol, sympy.Expr] = {}
     environment = None
     for node in program.graph.nodes:
@@ -159,7 +164,7 @@ def _batch_rules(
     if environment is None:
         return {}, ()
     for symbol, value in environment.backed_var_to_val.items():
-        sizes[symbol] = BATCH * sympy.Rational(int(value), hint)
+        sizes[symbol] = batch * sympy.Rational(int(value), hint)
     rules: dict[Any, None] = {}
     for guard in environment.guards:
         expression = environment.replace(guard.expr)
@@ -170,7 +175,7 @@ def _batch_rules(
             if rule is not sympy.true and rule is not True:
                 rules[rule] = None
     if not is_oblivious:
-        rules[BATCH >= 2] = None
+        rules[batch >= 2] = None
     return sizes, tuple(rules)
 
 

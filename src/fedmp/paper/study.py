@@ -13,7 +13,6 @@ from fedmp.engine import Job, Result
 from fedmp.engine.prepare import Prepared, prepare
 from fedmp.errors import ConfigError
 from fedmp.paper.curves import CurvePoint, compute_curves
-from fedmp.paper.pictures import draw_curves, draw_paper
 from fedmp.paper.settings import PaperSettings
 from fedmp.paper.table import PaperRow, make_rows
 from fedmp.paper.times import CenterTimes, SiteTimes, Workload, time_center, time_sites
@@ -65,6 +64,9 @@ def run_paper(
         ConfigError: the job has no centralized training, or the folder holds results.
         FedmpError: a run fails.
     """
+    # matplotlib takes as long as half of torch to import, and every config imports this module
+    from fedmp.paper.pictures import draw_paper
+
     if job.centralized is None:
         raise ConfigError(
             "paper compares with centralized training; say how it is done: centralized={optimizer: ...}"
@@ -179,6 +181,8 @@ def _plain_center(center: CenterTimes) -> dict[str, Any]:
 
 
 def _write_curves(points: Sequence[CurvePoint], folder: Path) -> tuple[Path, Path]:
+    from fedmp.paper.pictures import draw_curves
+
     rows = [{**asdict(point), "improvement": point.improvement} for point in points]
     draw_curves(points, folder / "curves.png")
     return _write(folder / "curves.json", rows), folder / "curves.png"

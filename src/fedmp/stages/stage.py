@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fedmp.graph.batch import BATCH, size_at
+from fedmp.graph.batch import depends_on_batch, rules_out, size_at
 from fedmp.graph.portable import to_plain
 from fedmp.stages.blueprint import StageBlueprint, ValueSpec
 
@@ -139,13 +138,13 @@ class Stage(nn.Module):
                 f"not {list(shapes)}; only the batch dim may differ"
                 + (
                     ""
-                    if any(BATCH in _symbols(spec.dims) for spec in program.inputs)
+                    if any(depends_on_batch(dim) for spec in program.inputs for dim in spec.dims)
                     else ", and not even that"
                 )
                 + " (the forward fixes it); trace the model for these shapes"
             )
         for rule in program.rules:
-            if rule.xreplace({BATCH: sympy.Integer(batch_size)}) == sympy.false:
+            if rules_out(rule, batch_size):
                 raise ValueError(
                     f"the model was traced with {traced} samples, shapes "
                     f"{[spec.shape(traced) for spec in program.inputs]}; with {batch_size} samples, shapes "
@@ -171,13 +170,9 @@ def _batch_size(specs: Sequence[ValueSpec], shapes: Sequence[tuple[int, ...]], t
     """The batch size that the inputs' shapes show."""
     for spec, shape in zip(specs, shapes, strict=True):
         for dim, size in zip(spec.dims, shape, strict=False):
-            if BATCH in _symbols((dim,)) and size_at(dim, 1):
+            if depends_on_batch(dim) and size_at(dim, 1):
                 return size // size_at(dim, 1)
     return traced
-
-
-def _symbols(dims: Sequence[Any]) -> set[Any]:
-    return {symbol for dim in dims if not isinstance(dim, int) for symbol in dim.free_symbols}
 
 
 def _empty(blueprint: StageBlueprint, device: torch.device) -> dict[str, torch.Tensor]:
