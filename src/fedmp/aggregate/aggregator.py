@@ -9,7 +9,7 @@ import torch
 
 from fedmp.errors import ConfigError
 
-__all__ = ["Aggregator", "check_tolerance", "check_updates"]
+__all__ = ["Aggregator", "NeedsClients", "check_cohorts", "check_tolerance", "check_updates"]
 
 
 @runtime_checkable
@@ -34,6 +34,42 @@ class Aggregator(Protocol):
         ...
 
 
+@runtime_checkable
+class NeedsClients(Protocol):
+    """An aggregator that does not combine any number of updates; asked before a job begins."""
+
+    def check_clients(self, num_clients: int) -> None:
+        """Refuse so many updates.
+
+        Raises:
+            ConfigError: the rule, as it is configured, cannot combine them.
+        """
+        ...
+
+
+def check_cohorts(aggregator: object, *, minimum: int, wanted: int) -> None:
+    """Refuse an aggregator that cannot combine the updates of a round, before any client has trained for it.
+
+    Args:
+        aggregator: of a job; one without `check_clients` takes any number.
+        minimum, wanted: the fewest and the most updates with which a round may close.
+
+    Raises:
+        ConfigError: for some number between them; the first is named.
+    """
+    if not isinstance(aggregator, NeedsClients):
+        return
+    for num_clients in range(minimum, wanted + 1):
+        try:
+            aggregator.check_clients(num_clients)
+        except ConfigError as error:
+            closes = f"{wanted}" if minimum == wanted else f"{minimum} to {wanted}"
+            raise ConfigError(
+                f"aggregator: rounds of this job close with {closes} clients' updates (strategy.fraction, "
+                f"min_clients or buffer_size decide). {error}"
+            ) from error
+
+
 def check_updates(updates: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]) -> None:
     """Refuse no updates, and weights that are not positive or not one an update.
 
@@ -49,7 +85,7 @@ def check_tolerance(rule: str, num_clients: int, num_byzantine: int | None, *, f
 
     Args:
         rule: its name, for the message.
-        num_clients: n, in this round.
+        num_clients: n, of a round.
         num_byzantine: f as configured; None for the most that n allows.
         factor: of the rule.
 
@@ -62,6 +98,6 @@ def check_tolerance(rule: str, num_clients: int, num_byzantine: int | None, *, f
         less = f"num_byzantine of at most {most}" if most >= 0 else "another aggregator"
         raise ConfigError(
             f"{rule} with num_byzantine={wanted} needs at least {factor} x {wanted} + 3 = {factor * wanted + 3} "
-            f"clients a round, but {num_clients} reported; use larger cohorts or {less}"
+            f"clients a round, not {num_clients}; use larger cohorts or {less}"
         )
     return wanted

@@ -34,6 +34,14 @@ class Bulyan(Component):
 
     num_byzantine: int | None = Field(default=None, ge=0)
 
+    def check_clients(self, num_clients: int) -> None:
+        """Refuse fewer than 4f + 3.
+
+        Raises:
+            ConfigError: as said.
+        """
+        self._tolerated(num_clients)
+
     def combine(
         self, updates: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
     ) -> dict[str, torch.Tensor]:
@@ -44,7 +52,7 @@ class Bulyan(Component):
             ValueError: no updates, weights that do not fit them, or numbers that are not finite.
         """
         check_updates(updates, weights)
-        tolerated = check_tolerance("Bulyan", len(updates), self.num_byzantine, factor=4)
+        tolerated = self._tolerated(len(updates))
         chosen = _choose(squared_distances(gram(updates)), tolerated)
         kept = [updates[index] for index in chosen]
 
@@ -57,6 +65,9 @@ class Bulyan(Component):
             else median_of(updates, name)
             for name in updates[0]
         }
+
+    def _tolerated(self, num_clients: int) -> int:
+        return check_tolerance("Bulyan", num_clients, self.num_byzantine, factor=4)
 
 
 def _choose(distances: torch.Tensor, num_byzantine: int) -> list[int]:

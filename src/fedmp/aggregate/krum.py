@@ -33,6 +33,14 @@ class Krum(Component):
 
     num_byzantine: int | None = Field(default=None, ge=0)
 
+    def check_clients(self, num_clients: int) -> None:
+        """Refuse fewer than 2f + 3.
+
+        Raises:
+            ConfigError: as said.
+        """
+        _selection(num_clients, self.num_byzantine, 1)
+
     def combine(
         self, updates: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
     ) -> dict[str, torch.Tensor]:
@@ -59,6 +67,14 @@ class MultiKrum(Component):
 
     num_byzantine: int | None = Field(default=None, ge=0)
     num_selected: int | None = Field(default=None, ge=1)
+
+    def check_clients(self, num_clients: int) -> None:
+        """Refuse fewer than 2f + 3, or than f + m.
+
+        Raises:
+            ConfigError: as said.
+        """
+        _selection(num_clients, self.num_byzantine, self.num_selected)
 
     def combine(
         self, updates: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
@@ -93,6 +109,14 @@ def _mean_of_best(
 ) -> dict[str, torch.Tensor]:
     """The plain mean of the updates with the smallest scores."""
     num_clients = len(updates)
+    tolerated, selected = _selection(num_clients, num_byzantine, num_selected)
+    scores = krum_scores(squared_distances(gram(updates)), tolerated)
+    chosen = scores.argsort(stable=True)[:selected].tolist()
+    return combination(updates, [1 / selected if index in chosen else 0.0 for index in range(num_clients)])
+
+
+def _selection(num_clients: int, num_byzantine: int | None, num_selected: int | None) -> tuple[int, int]:
+    """How many of so many clients may be Byzantine, and how many are averaged."""
     tolerated = check_tolerance("Krum", num_clients, num_byzantine, factor=2)
     most = num_clients - tolerated
     selected = most if num_selected is None else num_selected
@@ -101,6 +125,4 @@ def _mean_of_best(
             f"MultiKrum with num_byzantine={tolerated} of {num_clients} clients can select at most {most}, not "
             f"num_selected={selected}; use a smaller num_selected or larger cohorts"
         )
-    scores = krum_scores(squared_distances(gram(updates)), tolerated)
-    chosen = scores.argsort(stable=True)[:selected].tolist()
-    return combination(updates, [1 / selected if index in chosen else 0.0 for index in range(num_clients)])
+    return tolerated, selected

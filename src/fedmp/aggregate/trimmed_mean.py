@@ -33,6 +33,14 @@ class TrimmedMean(Component):
 
     trim: float = Field(default=0.2, ge=0, lt=0.5)
 
+    def check_clients(self, num_clients: int) -> None:
+        """Refuse so few that nothing would be left of them.
+
+        Raises:
+            ConfigError: as said.
+        """
+        self._cut(num_clients)
+
     def combine(
         self, updates: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
     ) -> dict[str, torch.Tensor]:
@@ -44,6 +52,16 @@ class TrimmedMean(Component):
         """
         check_updates(updates, weights)
         num_clients = len(updates)
+        cut = self._cut(num_clients)
+
+        def mean_of_rest(values: torch.Tensor) -> torch.Tensor:
+            rest = values[:, cut : num_clients - cut]
+            return rest.mean(dim=1, dtype=torch.float64)
+
+        return {name: combine_sorted(updates, name, mean_of_rest) for name in updates[0]}
+
+    def _cut(self, num_clients: int) -> int:
+        """How many of so many clients are dropped at each end."""
         cut = math.ceil(self.trim * num_clients - 1e-9)
         if 2 * cut >= num_clients:
             raise ConfigError(
@@ -51,9 +69,4 @@ class TrimmedMean(Component):
                 f"leaves none; use more clients a round, a trim of at most "
                 f"{(num_clients - 1) // 2 / num_clients:.3g}, or CoordinateMedian"
             )
-
-        def mean_of_rest(values: torch.Tensor) -> torch.Tensor:
-            rest = values[:, cut : num_clients - cut]
-            return rest.mean(dim=1, dtype=torch.float64)
-
-        return {name: combine_sorted(updates, name, mean_of_rest) for name in updates[0]}
+        return cut

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedmp.aggregate import Aggregator, WeightedMean
+from fedmp.aggregate.aggregator import check_cohorts
 from fedmp.attacks import Attack
 from fedmp.clock import Clock
 from fedmp.data import IID, ArrayData, DataSource, Split
@@ -140,6 +141,8 @@ class Job:
             )
         self.uplink_channel({})
         self.downlink_channel({})
+        closing = self.strategy.closing(len(self.topology.clients))
+        check_cohorts(self.aggregator, minimum=closing.minimum, wanted=closing.wanted)
         if self.attack is not None:
             self.attack.attackers([client.name for client in self.topology.clients], seed=self.seed)
         every = self.topology.clients if self.faults or self.clock.losses else ()
