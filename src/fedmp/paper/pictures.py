@@ -93,13 +93,12 @@ def _draw_table(axes: Any, rows: Sequence[PaperRow]) -> None:
     axes.axhline(0.1, color=INK, linewidth=0.8)
     for number, row in enumerate(rows):
         y = number + 0.62
-        wins = "centralized wins" in row.improvement
         is_detail = row.metric.startswith("  ")
         ink = GREY if is_detail else INK
         _cell(axes, 0, y, f"   {row.metric.strip()}" if is_detail else row.metric, color=ink)
         _cell(axes, 1, y, row.centralized, color=ink)
         _cell(axes, 2, y, row.fedmp, color=ink)
-        _cell(axes, 3, y, row.improvement, color=_RED if wins else ink if is_detail else _BLUE)
+        _cell(axes, 3, y, row.improvement, color=_RED if row.is_worse else ink if is_detail else _BLUE)
         axes.axhline(number + 1.1, color=LIGHT, linewidth=0.6)
 
 

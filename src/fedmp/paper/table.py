@@ -24,6 +24,7 @@ class PaperRow:
         centralized, fedmp: of both sides, as text.
         improvement: of fedmp over centralized, as text; says so where centralized wins.
         values: both sides as numbers, in seconds, bytes, devices and shares; None where there is none.
+        is_worse: whether fedmp loses: to centralized training, or under failures to itself without them.
     """
 
     metric: str
@@ -31,6 +32,7 @@ class PaperRow:
     fedmp: str
     improvement: str
     values: tuple[float | None, float | None]
+    is_worse: bool = False
 
 
 def make_rows(
@@ -109,13 +111,15 @@ def _failure_rows(summary: Summary, sites: SiteTimes, failing: Summary, num_lost
             format_seconds(epoch_s),
             slower,
             (None, epoch_s),
+            is_worse=epoch_s > sites.epoch_s,
         ),
         PaperRow(
             f"{name}: accuracy",
             "-",
             format_share(failing.final_accuracy),
-            _points(summary.final_accuracy, failing.final_accuracy, ""),
+            _points(summary.final_accuracy, failing.final_accuracy),
             (None, failing.final_accuracy),
+            is_worse=_is_less(summary.final_accuracy, failing.final_accuracy),
         ),
         PaperRow(
             f"{name}: rounds committed",
@@ -123,6 +127,7 @@ def _failure_rows(summary: Summary, sites: SiteTimes, failing: Summary, num_lost
             f"{failing.rounds} of {summary.rounds}",
             f"{failing.recoveries} begun anew",
             (None, failing.rounds),
+            is_worse=failing.rounds < summary.rounds,
         ),
     ]
 
@@ -133,16 +138,25 @@ def _less(metric: str, centralized: float, fedmp: float, form: Callable[[float],
         text = f"-{100 * (1 - fedmp / centralized):.1f} %" if centralized > 0 else "none"
     else:
         text = f"x {fedmp / centralized:.3g}, centralized wins" if centralized > 0 else "centralized wins"
-    return PaperRow(metric, form(centralized), form(fedmp), text, (centralized, fedmp))
+    return PaperRow(
+        metric, form(centralized), form(fedmp), text, (centralized, fedmp), is_worse=fedmp > centralized
+    )
 
 
 def _accuracy(metric: str, centralized: float | None, fedmp: float | None) -> PaperRow:
-    text = _points(centralized, fedmp, ", centralized wins")
-    return PaperRow(metric, format_share(centralized), format_share(fedmp), text, (centralized, fedmp))
+    is_worse = _is_less(centralized, fedmp)
+    text = _points(centralized, fedmp, ", centralized wins" if is_worse else "")
+    return PaperRow(
+        metric, format_share(centralized), format_share(fedmp), text, (centralized, fedmp), is_worse=is_worse
+    )
 
 
-def _points(before: float | None, after: float | None, if_less: str) -> str:
+def _points(before: float | None, after: float | None, remark: str = "") -> str:
     if before is None or after is None:
         return "-"
-    points = 100 * (after - before)
-    return f"{points:+.1f} points{if_less if points < -0.05 else ''}"
+    return f"{100 * (after - before):+.1f} points{remark}"
+
+
+def _is_less(before: float | None, after: float | None) -> bool:
+    """Whether an accuracy fell by what the table's one decimal shows."""
+    return before is not None and after is not None and 100 * (after - before) < -0.05
