@@ -62,7 +62,8 @@ def window_lattice(
             return tail[key.rank - 2 : key.rank - 1]
         if key.part == "window":
             own = kinds.index(key.kind)
-            return middle[(*key.detail[:own], key.detail[own] - 1, *key.detail[own + 1 :])]
+            fewer = (*key.detail[:own], key.detail[own] - 1, *key.detail[own + 1 :])
+            return middle[fewer]
         place, own_taken = key.detail
         takings = [taken for taken in range(len(pool) + 1) if head_at(place, taken)[0].detail[1] == own_taken]
         if place > 0:
