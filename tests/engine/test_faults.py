@@ -49,7 +49,9 @@ def send(
     return observe, sent
 
 
-@pytest.mark.parametrize("device", ["d0", pytest.param("d1", marks=pytest.mark.slow), "d2"])
+@pytest.mark.parametrize(
+    "device", [*(pytest.param(device, marks=pytest.mark.slow) for device in ("d0", "d1")), "d2"]
+)
 def test_a_device_killed_in_the_middle_of_a_round_ends_the_run_and_is_named(
     device: str, tmp_path: Path
 ) -> None:

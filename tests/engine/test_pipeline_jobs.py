@@ -121,7 +121,7 @@ class _Even:
     [
         ("mlp", Interleaved()),
         ("mlp", VShape()),
-        ("gpt", VShape()),
+        pytest.param("gpt", VShape(), marks=pytest.mark.slow),
         pytest.param("mlp", VShape(splits_backward=False), marks=pytest.mark.slow),
         pytest.param("gpt", Interleaved(), marks=pytest.mark.slow),
         pytest.param("cnn", Interleaved(), marks=pytest.mark.slow),

@@ -43,7 +43,7 @@ def test_a_simulated_run_resumed_equals_an_uninterrupted_one(server: str, tmp_pa
     _check_resume("simulate", server, tmp_path)
 
 
-@pytest.mark.parametrize("server", ["averaging", "server Adam"])
+@pytest.mark.parametrize("server", [pytest.param("averaging", marks=pytest.mark.slow), "server Adam"])
 def test_a_local_run_resumed_equals_an_uninterrupted_one(server: str, tmp_path: Path) -> None:
     _check_resume("local", server, tmp_path)
 

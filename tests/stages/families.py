@@ -142,7 +142,7 @@ def _others() -> dict[str, Family]:
 
 
 FAMILIES: dict[str, Family] = {**_encoders(), **_decoders(), **_others()}
-FAST = ("bert", "gpt2-lm", "t5", "vit", "resnet", "clip", "mixtral")
+FAST = ("bert", "gpt2-lm", "vit", "resnet", "clip", "mixtral")
 
 
 def build_family(name: str) -> tuple[nn.Module, Any]:

@@ -81,7 +81,8 @@ def test_a_simulated_run_resumed_equals_an_uninterrupted_one(name: str, tmp_path
     _check_resume(name, "simulate", tmp_path)
 
 
-@pytest.mark.parametrize("name", in_turn(("scaffold",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_a_local_run_resumed_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     _check_resume(name, "local", tmp_path)
 
@@ -98,9 +99,8 @@ def disturbed(name: str, folder: Path, engine: LocalEngine, *faults: Fault) -> R
     return replace(job(name), faults=faults).run(engine, run_dir=folder / "run", observe=lambda _: None)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) for n in KEPT if n != "scaffold"] + ["scaffold"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KEPT)
 def test_a_device_that_is_killed_goes_on_with_what_it_kept(name: str, tmp_path: Path) -> None:
     undisturbed = weights(run(job(name), tmp_path / "undisturbed", "local"))
     fault = Fault(device="c1/d1", round=3, kind="kill", phase="backward", microbatch=1)
