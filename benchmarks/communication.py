@@ -1,25 +1,29 @@
 """Bytes to reach an accuracy: plain averaging, each transform, chains of them, DiLoCo, synchronous data parallelism.
 
-    python benchmarks/communication.py [--data fashion,shakespeare] [--only NAME ...] [--folder DIR]
+    python benchmarks/communication.py [--data fashion,shakespeare] [--only NAME ...] [--seed N] [--again]
 
 Simulated clients send the same bodies as real ones; bytes are those of all clients' bodies. Every method has the same
-model, data, split, batches, and number of passes; learning rates fall to zero over the run. The target is what plain
-federated averaging ends with, less half a point. A method's results go to `communication.json` in the folder as soon
-as it has run, and the table and the picture `communication.png` are made of all that is there.
+model, data, batches, and number of passes; learning rates fall to zero over the run. The target is what plain
+federated averaging ends with, less half a point. A method's results go to `results/communication-seed0.json` as soon
+as it has run, a method that has run is not run again, and the table and the picture beside the file are made
+of all that is there.
 
-Synchronous data parallelism sends a gradient a step and takes the mean back. It is computed as one client with the
-batches of all, which is the same arithmetic, and charged with one body a step and client each way.
+Synchronous data parallelism sends a gradient a step and takes the mean back: rounds of one step without momentum at
+the clients, and the momentum at the server. It is run like the others, a body a step and client each way. Its data
+are dealt at random, as those of a cluster are, its rate is the best of a search, it is evaluated after each step, and
+ends at the target.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +32,11 @@ import matplotlib as mpl
 import torch
 
 from fedmp import Job, Topology
-from fedmp.client import stage_body, update_body
-from fedmp.data import ByUser, DataSource, Dirichlet, FashionMNIST, Shakespeare, Split
+from fedmp.data import IID, ByUser, DataSource, Dirichlet, FashionMNIST, Shakespeare, Split
 from fedmp.learning_rate import Cosine
 from fedmp.models import GPT, MLP
-from fedmp.records import DeviceReport
-from fedmp.strategy import DiLoCo, FedAvg
+from fedmp.records import RoundFinished
+from fedmp.strategy import DiLoCo, FedAdam, FedAvg, FedAvgM
 from fedmp.updates import BFloat16, Int4, Int8, LowRank, RandomK, Sign, TopK, Zstd
 
 mpl.use("Agg")
@@ -49,9 +52,12 @@ class Setting:
     Attributes:
         title: for people.
         model, source, split: the problem.
-        num_clients, fraction: of each round's cohort.
-        batch_size, rounds, local_epochs: of federated methods.
-        rate, inner_rate: of SGD with momentum 0.9, and of DiLoCo's AdamW.
+        num_clients: all of which take part in every round.
+        batch_size: of every client.
+        rounds: of federated methods, of one pass each.
+        optimizer, inner: the clients', and DiLoCo's.
+        synchronous, gradient_step: server and client of synchronous data parallelism.
+        synchronous_epochs: passes it makes at most; it ends at the target.
     """
 
     title: str
@@ -59,12 +65,13 @@ class Setting:
     source: DataSource
     split: Split
     num_clients: int
-    fraction: float
     batch_size: int
     rounds: int
-    local_epochs: float
-    rate: float
-    inner_rate: float
+    optimizer: Callable[[Any], torch.optim.Optimizer]
+    inner: Callable[[Any], torch.optim.Optimizer]
+    synchronous: FedAvg
+    gradient_step: Callable[[Any], torch.optim.Optimizer]
+    synchronous_epochs: float
 
 
 @dataclass(frozen=True)
@@ -74,23 +81,15 @@ class Method:
     Attributes:
         name: in the table.
         transforms, downlink: of the job.
-        is_diloco, is_synchronous: what it is besides.
+        diloco_epochs: passes between DiLoCo's synchronisations; 0 for another method.
+        is_synchronous: a gradient a step.
     """
 
     name: str
     transforms: tuple[Any, ...] = ()
     downlink: tuple[Any, ...] = ()
-    is_diloco: bool = False
+    diloco_epochs: int = 0
     is_synchronous: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-class _DataParallel(FedAvg):
-    """One client whose optimizer lives on: rounds are only where the model is evaluated."""
-
-    @property
-    def keeps_optimizer(self) -> bool:
-        return True
 
 
 SETTINGS = {
@@ -100,25 +99,27 @@ SETTINGS = {
         source=FashionMNIST(),
         split=Dirichlet(alpha=0.5),
         num_clients=10,
-        fraction=1.0,
         batch_size=64,
         rounds=20,
-        local_epochs=1.0,
-        rate=0.03,
-        inner_rate=0.001,
+        optimizer=partial(torch.optim.SGD, lr=0.03, momentum=0.9),
+        inner=partial(torch.optim.AdamW, lr=0.001, weight_decay=0.0),
+        synchronous=FedAvgM(momentum=0.9, local_steps=1),
+        gradient_step=partial(torch.optim.SGD, lr=0.1),
+        synchronous_epochs=3,
     ),
     "shakespeare": Setting(
-        title="Shakespeare by role, 5 of 20 clients, transformer",
+        title="Shakespeare by role, 10 clients, transformer",
         model=partial(GPT, 97, 40, width=64, num_layers=1, num_heads=4),
         source=Shakespeare(seq_len=40, stride=640),
         split=ByUser(),
-        num_clients=20,
-        fraction=0.25,
+        num_clients=10,
         batch_size=16,
-        rounds=24,
-        local_epochs=1.0,
-        rate=0.1,
-        inner_rate=0.003,
+        rounds=20,
+        optimizer=partial(torch.optim.AdamW, lr=0.003, weight_decay=0.0),
+        inner=partial(torch.optim.AdamW, lr=0.003, weight_decay=0.0),
+        synchronous=FedAdam(server_rate=0.003, beta2=0.999, tau=1e-8, local_steps=1),
+        gradient_step=partial(torch.optim.SGD, lr=1.0),
+        synchronous_epochs=20,
     ),
 }
 
@@ -126,6 +127,7 @@ _BEST = (LowRank(rank=16), Int4(block=64), Zstd())
 
 METHODS = (
     Method("plain"),
+    Method("data parallel", is_synchronous=True),
     Method("bf16", (BFloat16(),)),
     Method("int8", (Int8(),)),
     Method("int4", (Int4(),)),
@@ -137,92 +139,105 @@ METHODS = (
     Method("lowrank 8, int4, zstd", (LowRank(rank=8), Int4(block=64), Zstd())),
     Method("lowrank 16, int4, zstd", _BEST),
     Method("the same; int8, zstd down", _BEST, (Int8(), Zstd())),
-    Method("DiLoCo", is_diloco=True),
-    Method("data parallel", is_synchronous=True),
+    Method("DiLoCo, 2 passes a round", diloco_epochs=2),
+    Method("DiLoCo, 4 passes a round", diloco_epochs=4),
+    Method("DiLoCo, 2 passes; lowrank 16, int4, zstd", _BEST, diloco_epochs=2),
 )
 
 
 def main() -> None:
-    """Run what is asked for, then show all that is there."""
+    """Run what is asked for and has not run, then show all that is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="fashion,shakespeare")
-    parser.add_argument("--only", nargs="*", help="names of methods")
-    parser.add_argument("--folder", type=Path, default=Path("runs/communication"))
+    parser.add_argument("--only", nargs="*", help="names of methods; none to show what is there")
+    parser.add_argument("--again", action="store_true", help="run methods that have run")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    path = options.folder / "communication.json"
+    path = Path(__file__).parent / "results" / f"communication-seed{options.seed}.json"
+    path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     for data in options.data.split(","):
         for method in METHODS:
             if options.only is not None and method.name not in options.only:
                 continue
+            if method.name in results.get(data, {}) and not options.again:
+                continue
             started_s = time.monotonic()
-            rows = _run(SETTINGS[data], method)
+            rows = _run(SETTINGS[data], method, seed=options.seed, until=_target(results.get(data, {})))
             seconds = time.monotonic() - started_s
             results.setdefault(data, {})[method.name] = {"rows": rows, "wall_s": seconds}
-            path.write_text(json.dumps(results, indent=1))
+            path.write_text(json.dumps(results) + "\n")
             print(f"{data}: {method.name}: {100 * rows[-1]['accuracy']:.2f} % in {seconds:.0f} s", flush=True)
     for data, by_method in results.items():
         _show(SETTINGS[data], by_method)
-    _draw(results, options.folder / "communication.png")
+    _draw(results, path.with_suffix(".png"))
 
 
-def _run(setting: Setting, method: Method) -> list[dict[str, float]]:
+def _run(setting: Setting, method: Method, *, seed: int, until: float) -> list[dict[str, float]]:
     """Accuracy and bytes so far after each round."""
-    settings: dict[str, Any] = {
-        "model": setting.model,
-        "data": setting.source,
-        "batch_size": setting.batch_size,
-        "num_microbatches": 1,
-        "partitioner": "uniform",
-        "rounds": setting.rounds,
-        "learning_rate": Cosine(),
-        "transforms": method.transforms,
-        "downlink": method.downlink,
-        "optimizer": partial(torch.optim.SGD, lr=setting.rate, momentum=0.9),
-        "topology": _topology(setting.num_clients),
-        "split": setting.split,
-    }
-    num_bytes: Callable[[Any], tuple[float, float]] = lambda record: (record.bytes_up, record.bytes_down)  # noqa: E731
-    strategy = FedAvg(local_epochs=setting.local_epochs, fraction=setting.fraction)
-    samples = len(setting.source.load().train)
-    steps = math.ceil(setting.local_epochs * samples / setting.num_clients / setting.batch_size)
-    if method.is_diloco:
-        # a quarter of the rounds, each four times as long
-        settings |= {
-            "strategy": DiLoCo(local_steps=4 * steps, fraction=setting.fraction),
-            "rounds": setting.rounds // 4,
-            "optimizer": partial(torch.optim.AdamW, lr=setting.inner_rate, weight_decay=0.0),
-        }
-    elif method.is_synchronous:
-        cohort = round(setting.fraction * setting.num_clients)
-        settings |= {
-            "strategy": _DataParallel(local_steps=steps),
-            "batch_size": cohort * setting.batch_size,
-            "topology": _topology(1),
-        }
-        up, down = _gradient_bytes(setting.model())
-        num_bytes = lambda _: (steps * cohort * up, steps * cohort * down)  # noqa: E731
-    else:
-        settings["strategy"] = strategy
-    with tempfile.TemporaryDirectory() as folder:
-        result = Job(**settings).run("simulate", run_dir=folder, observe=lambda _: None)
-    rows, up, down = [], 0.0, 0.0
-    for record in result.history:
-        more = num_bytes(record)
-        up, down = up + more[0], down + more[1]
-        rows.append({"accuracy": record.test_accuracy, "bytes_up": up, "bytes_down": down})
+    job = Job(
+        model=setting.model,
+        data=setting.source,
+        batch_size=setting.batch_size,
+        num_microbatches=1,
+        seed=seed,
+        learning_rate=Cosine(),
+        transforms=method.transforms,
+        downlink=method.downlink,
+        topology=Topology(
+            clients=[{"name": f"c{index}", "devices": 1} for index in range(setting.num_clients)]
+        ),
+        **_training(setting, method),
+    )
+    rows: list[dict[str, float]] = []
+
+    def watch(event: object) -> None:
+        if not isinstance(event, RoundFinished):
+            return
+        record, before = event.record, rows[-1] if rows else {"bytes_up": 0, "bytes_down": 0}
+        assert record.test_accuracy is not None
+        rows.append(
+            {
+                "accuracy": record.test_accuracy,
+                "bytes_up": before["bytes_up"] + record.bytes_up,
+                "bytes_down": before["bytes_down"] + record.bytes_down,
+            }
+        )
+        if method.is_synchronous and record.test_accuracy >= until:
+            raise _Reached
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Reached):
+        job.run("simulate", run_dir=folder, observe=watch)
     return rows
 
 
-def _topology(num_clients: int) -> Topology:
-    return Topology(clients=[{"name": f"c{index}", "devices": 1} for index in range(num_clients)])
+class _Reached(Exception):  # noqa: N818
+    """The target is reached: the run may end."""
 
 
-def _gradient_bytes(model: torch.nn.Module) -> tuple[int, int]:
-    """Bodies of a gradient on its way up, and of the mean on its way down."""
-    gradient = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return len(update_body(gradient, DeviceReport(num_examples=1))[0]), len(stage_body(gradient)[0])
+def _training(setting: Setting, method: Method) -> dict[str, Any]:
+    """Strategy, split, rounds and client optimizer."""
+    epoch_steps = math.ceil(len(setting.source.load().train) / setting.num_clients / setting.batch_size)
+    if method.diloco_epochs:
+        return {
+            "split": setting.split,
+            "strategy": DiLoCo(local_steps=method.diloco_epochs * epoch_steps),
+            "rounds": setting.rounds // method.diloco_epochs,
+            "optimizer": setting.inner,
+        }
+    if method.is_synchronous:
+        return {
+            "split": IID(),
+            "strategy": setting.synchronous,
+            "rounds": round(setting.synchronous_epochs * epoch_steps),
+            "optimizer": setting.gradient_step,
+        }
+    return {
+        "split": setting.split,
+        "strategy": FedAvg(local_epochs=1),
+        "rounds": setting.rounds,
+        "optimizer": setting.optimizer,
+    }
 
 
 def _show(setting: Setting, by_method: dict[str, Any]) -> None:
@@ -230,12 +245,12 @@ def _show(setting: Setting, by_method: dict[str, Any]) -> None:
     if "plain" not in by_method:
         return
     plain = by_method["plain"]["rows"]
-    target = plain[-1]["accuracy"] - _SLACK
+    target = _target(by_method)
     reference = _reached(plain, target)
     assert reference is not None
     print(f"\n{setting.title}; target {100 * target:.2f} %")
     print(
-        f"{'method':<30}{'final %':>9}{'rounds':>8}{'MB up':>10}{'MB down':>10}"
+        f"{'method':<42}{'final %':>9}{'rounds':>8}{'MB up':>10}{'MB down':>10}"
         f"{'fewer up':>10}{'than data parallel':>20}"
     )
     synchronous = by_method.get("data parallel", {"rows": []})["rows"]
@@ -244,15 +259,19 @@ def _show(setting: Setting, by_method: dict[str, Any]) -> None:
         rows = entry["rows"]
         reached = _reached(rows, target)
         if reached is None:
-            print(f"{name:<30}{100 * rows[-1]['accuracy']:>9.2f}{'never':>8}")
+            print(f"{name:<42}{100 * rows[-1]['accuracy']:>9.2f}{'never':>8}")
             continue
         row = rows[reached]
         fewer = plain[reference]["bytes_up"] / row["bytes_up"]
         than = f"{synchronous[gradients]['bytes_up'] / row['bytes_up']:.0f}" if gradients is not None else ""
         print(
-            f"{name:<30}{100 * rows[-1]['accuracy']:>9.2f}{reached + 1:>8}{row['bytes_up'] / 1e6:>10.2f}"
+            f"{name:<42}{100 * rows[-1]['accuracy']:>9.2f}{reached + 1:>8}{row['bytes_up'] / 1e6:>10.2f}"
             f"{row['bytes_down'] / 1e6:>10.2f}{fewer:>10.1f}{than:>20}"
         )
+
+
+def _target(by_method: dict[str, Any]) -> float:
+    return float(by_method["plain"]["rows"][-1]["accuracy"]) - _SLACK if "plain" in by_method else 1.0
 
 
 def _reached(rows: list[dict[str, float]], target: float) -> int | None:
@@ -261,7 +280,9 @@ def _reached(rows: list[dict[str, float]], target: float) -> int | None:
 
 def _draw(results: dict[str, Any], path: Path) -> None:
     """Accuracy against uploaded bytes, a panel for each data set."""
-    figure, panels = plt.subplots(1, len(results), figsize=(6.5 * len(results), 5), squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(5 * len(results) + 4, 5), squeeze=False, layout="constrained"
+    )
     colours = plt.get_cmap("tab20")
     for panel, (data, by_method) in zip(panels[0], results.items(), strict=True):
         best = max(row["accuracy"] for entry in by_method.values() for row in entry["rows"])
@@ -278,18 +299,17 @@ def _draw(results: dict[str, Any], path: Path) -> None:
                 label=method.name,
             )
         if "plain" in by_method:
-            target = 100 * (by_method["plain"]["rows"][-1]["accuracy"] - _SLACK)
+            target = 100 * _target(by_method)
             panel.axhline(target, color="0.6", linewidth=0.8)
-            panel.annotate("target", (1, target), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            panel.annotate("target", (1, target), xycoords=("axes fraction", "data"), ha="right", va="top")
         panel.set_xscale("log")
         panel.set_ylim(100 * best - 25, 100 * best + 1)
         panel.set_xlabel("MB uploaded by all clients")
         panel.set_ylabel("test accuracy, %")
         panel.set_title(SETTINGS[data].title, fontsize=10)
         panel.grid(alpha=0.3)
-    panels[0][-1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=9, loc="outside right upper")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What strategies are good for: each next to federated averaging where its paper says that it helps.
 
-    python benchmarks/convergence_strategies.py [drift] [adaptive] [stragglers] [--out FOLDER]
+    python benchmarks/convergence_strategies.py [drift] [adaptive] [stragglers] [adaptive-search] [--seed N] [--out DIR]
 
 drift: SCAFFOLD, FedDyn and FedProx at many local epochs on strongly skewed Fashion-MNIST.
-adaptive: FedAdam, FedYogi and FedAdagrad on Shakespeare by role.
-stragglers: FedProx on Synthetic(1, 1) where 0, 50 and 90 % of the clients do only a part of their work.
+adaptive: FedAdam, FedYogi and FedAdagrad on Shakespeare by role; adaptive-search: their rates, for all alike.
+stragglers: FedProx on Synthetic(0, 0), (0.5, 0.5) and (1, 1) where 0, 50 and 90 % of the clients do only a part of
+their work.
 
 Each prints a table of accuracies by round and writes it as JSON. All are simulated on this machine, from the seeds
 given here; the tests in tests/strategy/test_convergence.py run the same with the orderings that must come out.
@@ -13,6 +14,7 @@ given here; the tests in tests/strategy/test_convergence.py run the same with th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -25,6 +27,7 @@ import torch
 from fedmp import Job, Topology
 from fedmp import strategy as s
 from fedmp.data import ArrayData, ByUser, Dataset, Dirichlet, FashionMNIST, Shakespeare, Synthetic
+from fedmp.errors import TrainingError
 from fedmp.models import GPT, MLP
 from fedmp.records import RoundRecord
 
@@ -60,7 +63,44 @@ def drift(*, rounds: int = 25, local_epochs: int = 10, seed: int = 0) -> Curves:
     )
 
 
-def adaptive(*, rounds: int = 40, seed: int = 0) -> Curves:
+def adaptive(*, rounds: int = 120, seed: int = 0) -> Curves:
+    """Each server with the rates that `adaptive_search` found best."""
+    curves: Curves = {}
+    for client_rate, strategy in TUNED.items():
+        curves |= _curves(_shakespeare(client_rate, rounds=rounds, seed=seed), strategy)
+    return curves
+
+
+def adaptive_search(*, rounds: int = 60, seed: int = 0) -> Curves:
+    """Every server over a grid of client and server rates (Reddi et al., 2021, appendix D, is as coarse)."""
+    curves: Curves = {}
+    for client_rate in (0.1, 0.3, 1.0):
+        servers: dict[str, s.Strategy] = {"FedAvg": s.FedAvg(**_HALF)}
+        for rate in (0.1, 0.3, 1.0):
+            servers[f"FedAvgM {rate}"] = s.FedAvgM(momentum=0.9, server_rate=rate, **_HALF)
+        for rate in (0.003, 0.01, 0.03, 0.1):
+            servers[f"FedAdagrad {rate}"] = s.FedAdagrad(server_rate=rate, **_HALF)
+            servers[f"FedAdam {rate}"] = s.FedAdam(server_rate=rate, **_HALF)
+            servers[f"FedYogi {rate}"] = s.FedYogi(server_rate=rate, **_HALF)
+        found = _curves(_shakespeare(client_rate, rounds=rounds, seed=seed), servers)
+        curves |= {f"{name}, client {client_rate}": records for name, records in found.items()}
+    return dict(sorted(curves.items(), key=lambda item: (item[0].split()[0], late_loss(item[1]))))
+
+
+_HALF = {"local_epochs": 1, "fraction": 0.5}
+
+TUNED: dict[float, dict[str, s.Strategy]] = {
+    0.3: {
+        "FedAvg": s.FedAvg(**_HALF),
+        "FedAvgM 0.9": s.FedAvgM(momentum=0.9, **_HALF),
+        "FedAdagrad": s.FedAdagrad(server_rate=0.03, **_HALF),
+        "FedAdam": s.FedAdam(server_rate=0.01, **_HALF),
+        "FedYogi": s.FedYogi(server_rate=0.03, **_HALF),
+    },
+}
+
+
+def _shakespeare(client_rate: float, *, rounds: int, seed: int) -> partial[Job]:
     """Twenty roles of Shakespeare, ten a round; a small transformer predicts the next character."""
     data = Shakespeare(seq_len=40).load()
     train, test = _first_users(data.train, 20, 40), _first_users(data.test, 20, 10)
@@ -68,38 +108,27 @@ def adaptive(*, rounds: int = 40, seed: int = 0) -> Curves:
     assert train.targets is not None
     assert test.inputs is not None
     assert test.targets is not None
-    job = partial(
+    return partial(
         Job,
         model=partial(GPT, vocab_size=97, max_length=40, width=32, num_layers=1, num_heads=2),
         topology=_clients(20),
         data=ArrayData(train.inputs, train.targets, test.inputs, test.targets, users=train.users),
         split=ByUser(),
-        optimizer=partial(torch.optim.SGD, lr=0.3),
+        optimizer=partial(torch.optim.SGD, lr=client_rate),
         batch_size=10,
         num_microbatches=1,
         rounds=rounds,
         seed=seed,
     )
-    common = {"local_epochs": 1, "fraction": 0.5}
-    return _curves(
-        job,
-        {
-            "FedAvg": s.FedAvg(**common),
-            "FedAvgM 0.9": s.FedAvgM(momentum=0.9, **common),
-            "FedAdagrad": s.FedAdagrad(server_rate=0.03, **common),
-            "FedAdam": s.FedAdam(server_rate=0.01, **common),
-            "FedYogi": s.FedYogi(server_rate=0.03, **common),
-        },
-    )
 
 
-def stragglers(fraction: float, *, rounds: int = 40, seed: int = 0) -> Curves:
-    """Logistic regression on Synthetic(1, 1), 10 of 30 clients a round, 10 epochs for those who manage."""
+def stragglers(fraction: float, *, unlike: float = 1.0, rounds: int = 40, seed: int = 0) -> Curves:
+    """Logistic regression on Synthetic(unlike, unlike), 10 of 30 clients a round, 10 epochs for those who manage."""
     job = partial(
         Job,
         model=partial(MLP, 60, ()),
         topology=_clients(30),
-        data=Synthetic(alpha=1, beta=1, most_samples=150),
+        data=Synthetic(alpha=unlike, beta=unlike, most_samples=150),
         split=ByUser(),
         optimizer=partial(torch.optim.SGD, lr=0.01),
         batch_size=10,
@@ -136,9 +165,13 @@ def _curves(job: partial[Job], strategies: Mapping[str, s.Strategy]) -> Curves:
     for name, strategy in strategies.items():
         started_s = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            result = job(strategy=strategy).run(
-                "simulate", run_dir=Path(folder) / "run", observe=lambda _: None
-            )
+            try:
+                result = job(strategy=strategy).run(
+                    "simulate", run_dir=Path(folder) / "run", observe=lambda _: None
+                )
+            except TrainingError as error:
+                print(f"  {name}: {error}", flush=True)
+                continue
         curves[name] = result.history
         print(f"  {name}: {time.monotonic() - started_s:.0f} s", flush=True)
     return curves
@@ -179,19 +212,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", help="drift, adaptive, stragglers; all of them if none is given")
+    parser.add_argument(
+        "parts", nargs="*", help="drift, adaptive, stragglers if none is given; adaptive-search"
+    )
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    parts = given.parts or ["drift", "adaptive", "stragglers"]
+    parts, seed = given.parts or ["drift", "adaptive", "stragglers"], given.seed
     torch.set_num_threads(1)
     if "drift" in parts:
-        _show("drift: Fashion-MNIST, Dirichlet 0.1, 10 local epochs", drift(), given.out)
+        _show("drift: Fashion-MNIST, Dirichlet 0.1, 10 local epochs", drift(seed=seed), given.out)
     if "adaptive" in parts:
-        _show("adaptive: Shakespeare by role", adaptive(), given.out)
+        _show("adaptive: Shakespeare by role", adaptive(seed=seed), given.out)
+    if "adaptive-search" in parts:
+        _show("adaptive search: Shakespeare by role", adaptive_search(seed=seed), given.out)
     if "stragglers" in parts:
-        for fraction in (0.0, 0.5, 0.9):
-            title = f"stragglers {100 * fraction:.0f}: Synthetic(1, 1), {100 * fraction:.0f} % do part of the work"
-            _show(title, stragglers(fraction), given.out)
+        for unlike, fraction in itertools.product((0.0, 0.5, 1.0), (0.0, 0.5, 0.9)):
+            share = f"{100 * fraction:.0f}"
+            title = f"stragglers {unlike:g} {share}: Synthetic({unlike:g}, {unlike:g}), {share} % do part of the work"
+            _show(title, stragglers(fraction, unlike=unlike, seed=seed), given.out)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from benchmarks.byzantine import AGGREGATORS, ATTACKS, MARGIN, SPLITS, accuracy
+from benchmarks.byzantine import AGGREGATORS, ATTACKS, MARGIN, SETTINGS, accuracy
 
-ROUNDS = 25
 CRUDE = ("sign_flip", "scaling", "gaussian")
 
 
 @cache
 def found(aggregator: str, attack: str) -> float:
-    return accuracy(AGGREGATORS[aggregator], ATTACKS[attack], SPLITS["iid"], ROUNDS, 0)
+    return accuracy(AGGREGATORS[aggregator], ATTACKS[attack], SETTINGS["iid"], 0)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ def _needs_mnist() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_2nn_reaches_97_percent_as_fast_as_published() -> None:
-    """McMahan et al. 2017, table 2: 87 rounds with E = 1, B = 10 and IID data; half as many more are allowed."""
+    """McMahan et al. 2017, table 1: 87 rounds with E = 1, B = 10 and IID data; half as many more are allowed."""
     setting = SETTINGS["2nn-iid"]
     curve = run(setting)
     assert curve[-1] >= 0.97
