@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from torch import nn
 
 from fedmp import Job, Topology
 from fedmp.aggregate import CoordinateMedian
+from fedmp.attacks import SignFlip
+from fedmp.clock import Clock
 from fedmp.data import IID, Dirichlet
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError, TrainingError
 from fedmp.learning_rate import Cosine
 from fedmp.models import CNN
 from fedmp.records import Event, Note
-from fedmp.strategy import FedAvg
+from fedmp.strategy import FedAvg, FedBuff
 from fedmp.tasks import MeanLoss
 from tests.support.jobs import (
     TINY_CNN,
@@ -31,6 +34,7 @@ from tests.support.jobs import (
     sgd,
     tiny_job,
     tokens,
+    topology,
     weights,
 )
 
@@ -136,6 +140,54 @@ def test_many_clients_at_once_give_what_one_after_another_gives(name: str, tmp_p
             assert ours.federated_loss == pytest.approx(theirs.federated_loss, rel=1e-6)
         for field in ("clients", "num_examples", "bytes_up", "bytes_down"):
             assert getattr(ours, field) == getattr(theirs, field)
+
+
+def uneven(*, devices: int = 1) -> Topology:
+    """Six clients, each slower than the one before it."""
+    return Topology(
+        clients=[
+            {"name": f"c{i}", "devices": {"count": devices, "flops_per_s": 1e8 / (i + 1)}} for i in range(6)
+        ]
+    )
+
+
+PLANNED: dict[str, dict[str, Any]] = {
+    "several devices": {"topology": topology(2, 1, 3)},
+    "over-selection": {
+        "topology": uneven(),
+        "strategy": FedAvg(fraction=0.5, over_selection=0.7, local_steps=2),
+    },
+    "late updates": {"topology": uneven(), "strategy": FedBuff(buffer_size=2, local_steps=2), "rounds": 4},
+    "a clock": {
+        "topology": uneven(devices=2),
+        "strategy": FedAvg(local_epochs=2, min_clients=1),
+        "clock": Clock(compute_sigma=0.2, dropout_probability=0.4, server_bandwidth_bytes_per_s=1e6),
+        "attack": SignFlip(share=0.3),
+    },
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_plans_and_the_clock_are_the_same_however_clients_are_trained(name: str, tmp_path: Path) -> None:
+    job = ragged_job(**PLANNED[name])
+    alone = run(job, tmp_path / "alone", SimulateEngine(cohort="sequential"))
+    together = run(job, tmp_path / "together", SimulateEngine(cohort="vectorized", chunk=3))
+    assert_same(weights(together), weights(alone), **FLOAT64)
+    for ours, theirs in zip(together.history, alone.history, strict=True):
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-9)
+        left_out = {"wall_s", "train_loss", "test_loss", "test_accuracy"}
+        assert ours.model_dump(exclude=left_out) == theirs.model_dump(exclude=left_out)
+        assert ours.simulated_s > 0
+    assert {c: p.step_s for c, p in together.plans.items()} == {c: p.step_s for c, p in alone.plans.items()}
+
+
+def test_late_updates_of_clients_trained_at_once_survive_a_resume(tmp_path: Path) -> None:
+    job = ragged_job(**PLANNED["late updates"])
+    whole = run(job, tmp_path / "whole", SimulateEngine(cohort="vectorized"))
+    run(replace(job, rounds=2), tmp_path / "run", SimulateEngine(cohort="vectorized"))
+    resumed = run(job, tmp_path / "run", SimulateEngine(cohort="vectorized"), resume=True)
+    assert any(record.stale for record in resumed.history[2:])
+    assert_same(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize(("chunk", "workers"), [(1, 1), (2, 1), (6, 1), (2, 2)])

@@ -10,9 +10,10 @@ import torch
 
 from fedmp.client.state import ClientState
 from fedmp.client.work import LocalWork
+from fedmp.learning_rate import RateSum
 from fedmp.strategy import LocalRule, received_name
 
-__all__ = ["LocalOptimizer", "NamedParameters", "RateSum"]
+__all__ = ["LocalOptimizer", "NamedParameters"]
 
 NamedParameters: TypeAlias = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -72,7 +73,7 @@ class LocalOptimizer:
         if self._rule is not None:
             self._rule.correct()
         self._optimizer.step()
-        self._rate_sum.add()
+        self._rate_sum.add(self._optimizer.param_groups[0]["lr"])
 
     def kept(self) -> dict[str, torch.Tensor]:
         """What the client keeps after the round, by state name."""
@@ -80,34 +81,6 @@ class LocalOptimizer:
         if self._optimizer and self._work.keeps_optimizer:
             kept.update(_moments(self._optimizer, self._parameters))
         return kept
-
-
-class RateSum:
-    """The sum of the coefficients with which a round's gradients go into its change.
-
-    For SGD with momentum rho (Wang et al., 2020, appendix C.1, here for rates that may change): after step k the
-    buffer holds the gradients with coefficients that sum to b_k = rho b_{k-1} + 1 - dampening, and the step adds
-    eta_k b_k, or eta_k (1 + rho b_k) with Nesterov's. Optimizers that normalise gradients count each step's rate.
-
-    Args:
-        group: of the optimizer, whose momentum begins with the round.
-
-    Attributes:
-        total: so far.
-    """
-
-    def __init__(self, group: Mapping[str, Any]) -> None:
-        self._group = group
-        self._buffer = 0.0
-        self.total = 0.0
-
-    def add(self) -> None:
-        """A step was made at the group's present rate."""
-        momentum = float(self._group.get("momentum", 0.0))
-        fresh = 1.0 if self._buffer == 0.0 else 1.0 - float(self._group.get("dampening", 0.0))
-        self._buffer = momentum * self._buffer + fresh if momentum else 1.0
-        weight = 1.0 + momentum * self._buffer if self._group.get("nesterov", False) else self._buffer
-        self.total += float(self._group["lr"]) * weight
 
 
 class _RuleAtWork:

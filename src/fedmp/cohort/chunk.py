@@ -16,8 +16,9 @@ from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
 from fedmp.cohort.optimizers import FlatOptimizer
 from fedmp.data import Dataset
-from fedmp.learning_rate import Constant, LearningRate
+from fedmp.learning_rate import Constant, LearningRate, RateSum
 from fedmp.pipeline import microbatch_sizes
+from fedmp.strategy import LocalRule
 
 __all__ = ["ChunkResult", "ChunkTrainer", "ChunkWork"]
 
@@ -39,6 +40,7 @@ class ChunkWork:
             matters how a batch is cut.
         pads: whether shorter batches may be filled up; otherwise only clients with equally large batches
             run together.
+        rule: corrects the gradient before each step; None does not.
     """
 
     optimizer: FlatOptimizer | None
@@ -50,15 +52,20 @@ class ChunkWork:
     accumulate_batches: int
     num_microbatches: int
     pads: bool
+    rule: LocalRule | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkResult:
-    """What a chunk's clients report, [K] each, and the loss of every batch, [S, K], to find a bad one."""
+    """What a chunk's clients report, [K] each, and the loss of every batch, [S, K], to find a bad one.
+
+    The rates are summed by the weights of `RateSum`.
+    """
 
     loss_sums: torch.Tensor
     weights: torch.Tensor
     num_correct: torch.Tensor
+    rate_sums: torch.Tensor
     losses: torch.Tensor
 
 
@@ -74,8 +81,13 @@ class ChunkTrainer:
         self.module = module
         self._work = work
 
-    def train(self, batches: ChunkBatches, *, round: int) -> ChunkResult:
+    def train(self, batches: ChunkBatches, start: torch.Tensor, *, round: int) -> ChunkResult:
         """Train for one round from the weights in the module, which it moves.
+
+        Args:
+            batches: of each client.
+            start: [P] those weights.
+            round: for the learning rate.
 
         Raises:
             CannotStackError: the model cannot be run for many clients at once.
@@ -83,6 +95,8 @@ class ChunkTrainer:
         clients, work = len(batches.num_batches), self._work
         longest = len(batches.sizes)
         losses, weights, correct = (torch.zeros(longest, clients, dtype=torch.float64) for _ in range(3))
+        rates = torch.zeros(clients, dtype=torch.float64)
+        rate_weights = RateSum(work.optimizer.settings if work.optimizer else {})
         every = work.accumulate_batches
         for step, first in enumerate(range(0, longest, every)):
             active = batches.num_active(first)
@@ -106,8 +120,11 @@ class ChunkTrainer:
                     weights[batch, span] += one.weights
                     ranges.append((one.first, one.stop))
             if work.optimizer is not None:
-                self._step(batches, step, active, round, list(dict.fromkeys(ranges)))
-        return ChunkResult(losses.sum(0), weights.sum(0), correct.sum(0), losses)
+                lr = self._rate(batches, step, active, round)
+                self._step(step, active, lr, list(dict.fromkeys(ranges)), start)
+                own = lr.squeeze(1).double() if isinstance(lr, torch.Tensor) else lr
+                rates[:active] += own * rate_weights.weight()
+        return ChunkResult(losses.sum(0), weights.sum(0), correct.sum(0), rates, losses)
 
     def _draw(self, batches: ChunkBatches, batch: int) -> list[_Pass]:
         """The passes through the model that one batch takes."""
@@ -138,11 +155,11 @@ class ChunkTrainer:
 
     def _step(
         self,
-        batches: ChunkBatches,
         step: int,
         active: int,
-        round: int,
+        lr: float | torch.Tensor,
         ranges: Sequence[tuple[int, int]],
+        start: torch.Tensor,
     ) -> None:
         """One step of the optimizer for the clients that are not done."""
         work, module = self._work, self.module
@@ -157,8 +174,15 @@ class ChunkTrainer:
             scale = (work.max_gradient_norm / (squares.sqrt() + _EPSILON)).clamp(max=1.0)
             for own in gradients:
                 own.mul_(scale)
-        lr = self._rate(batches, step, active, round)
         for (begin, end), own in zip(spans, gradients, strict=True):
+            if work.rule is not None:
+                own = work.rule.correct(
+                    own,
+                    module.parameters[:active, begin:end],
+                    start=start[begin:end],
+                    received={},
+                    kept={},
+                )
             state = [buffer[:active, begin:end] for buffer in module.state]
             work.optimizer.step(module.parameters[:active, begin:end], own, state, step, lr)
 

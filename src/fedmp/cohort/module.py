@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,14 @@ from fedmp.cohort.registry import CannotStackError, module_rule_of
 from fedmp.cohort.stacked import Slot, Stacked, leaf_of, stack
 
 __all__ = ["FlatLayout", "StackedModule", "flat_layout", "own_statistics"]
+
+
+class Span(NamedTuple):
+    """Where a parameter lies in a flat row."""
+
+    begin: int
+    end: int
+    shape: torch.Size
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,12 @@ class FlatLayout:
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     offsets: tuple[int, ...]
+
+    @cached_property
+    def spans(self) -> Mapping[str, Span]:
+        """Where each one lies, by name."""
+        ends = zip(self.names, self.offsets, self.offsets[1:], self.shapes, strict=False)
+        return {name: Span(begin, end, shape) for name, begin, end, shape in ends}
 
     @property
     def size(self) -> int:

@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,11 @@ class FlatOptimizer(Protocol):
     @property
     def num_buffers(self) -> int:
         """Tensors of state that it keeps for each parameter."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """As a torch optimizer's param group has them."""
         ...
 
     def step(
@@ -70,6 +75,11 @@ class SGD:
     def num_buffers(self) -> int:
         """The momentum."""
         return int(self.momentum != 0)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Its fields."""
+        return asdict(self)
 
     def step(
         self,
@@ -114,6 +124,11 @@ class Adam:
     def num_buffers(self) -> int:
         """Both moments, and the largest second one."""
         return 2 + self.amsgrad
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Its fields."""
+        return asdict(self)
 
     def step(
         self,

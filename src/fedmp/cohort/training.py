@@ -43,7 +43,9 @@ class CohortResult:
     """What a cohort's training gave.
 
     Attributes:
-        loss_sums, weights, num_correct: [K] sums over each client's round.
+        loss_sums, weights, num_correct, rate_sums: [K] sums over each client's round.
+        evaluation: [K, 3] zeros, for whoever evaluates the starting model: its loss, weight and correct
+            predictions.
         total: [P] the clients' trained parameters times their weights, summed.
         buffers: statistics alike, by name.
         parameters: [K, P] each client's trained parameters, if they were to be kept, else empty.
@@ -53,6 +55,8 @@ class CohortResult:
     loss_sums: torch.Tensor
     weights: torch.Tensor
     num_correct: torch.Tensor
+    rate_sums: torch.Tensor
+    evaluation: torch.Tensor
     total: torch.Tensor
     buffers: Mapping[str, torch.Tensor]
     parameters: torch.Tensor
@@ -155,6 +159,8 @@ class CohortTraining:
             loss_sums=torch.zeros(clients, dtype=wide),
             weights=torch.zeros(clients, dtype=wide),
             num_correct=torch.zeros(clients, dtype=wide),
+            rate_sums=torch.zeros(clients, dtype=wide),
+            evaluation=torch.zeros(clients, 3, dtype=wide),
             total=torch.zeros_like(start),
             buffers={name: torch.zeros_like(tensor, dtype=wide) for name, tensor in buffers.items()},
             parameters=start.new_empty((clients, len(start)) if keep else (0, len(start))),
@@ -182,12 +188,13 @@ class CohortTraining:
             round=round,
         )
         module.load(start, buffers, len(members))
-        trained = trainer.train(batches, round=round)
+        trained = trainer.train(batches, start, round=round)
         _check(trained.losses, [cohort.clients[k] for k in members], round)
         places = torch.tensor(members)
         result.loss_sums[places] = trained.loss_sums.double()
         result.weights[places] = trained.weights.double()
         result.num_correct[places] = trained.num_correct.double()
+        result.rate_sums[places] = trained.rate_sums
         parameters = module.parameters[: len(members)]
         if result.parameters.shape[0]:
             result.parameters[places] = parameters

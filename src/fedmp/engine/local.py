@@ -142,7 +142,7 @@ class LocalEngine(Component):
             placement=setup.plan.placement,
             blueprints=blueprints,
             dataset=part_of(setup.own_samples, blueprints),
-            num_samples=len(setup.own_samples),
+            num_samples=setup.num_samples,
             task=prepared.job.task,
             work=setup.work,
             options=options,

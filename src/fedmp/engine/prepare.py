@@ -15,6 +15,7 @@ from torch import nn
 
 from fedmp.client import LocalWork
 from fedmp.clock import ClientWork, DeviceWork, ideal_round_s
+from fedmp.cohort import Probe
 from fedmp.data import Dataset, TrainTest, describe
 from fedmp.engine.attacked import poisoned
 from fedmp.engine.job import Job
@@ -56,7 +57,8 @@ class ClientSetup:
         plan, blueprints: how the model is cut over its devices.
         moved: what each device pulls and pushes in a round.
         work: what it does in a round, by its plan's schedule.
-        dataset: its own training samples; None where they are elsewhere.
+        data: everyone's training samples; None where the client's are elsewhere.
+        rows: which of them are its own; None alike.
         round_samples: samples that it processes in one round; 0 while that is not known.
         predicted_s: seconds of one round by its plan, its links and its samples; 0 alike.
     """
@@ -66,7 +68,8 @@ class ClientSetup:
     blueprints: Sequence[StageBlueprint]
     moved: tuple[DeviceWork, ...]
     work: LocalWork
-    dataset: Dataset | None
+    data: Dataset | None
+    rows: torch.Tensor | None
     round_samples: int
     predicted_s: float
 
@@ -76,10 +79,21 @@ class ClientSetup:
         return self.client.name
 
     @property
+    def own_rows(self) -> torch.Tensor:
+        """Its rows of everyone's samples, which must be here."""
+        assert self.rows is not None
+        return self.rows
+
+    @property
+    def num_samples(self) -> int:
+        """Training samples that it has; 0 where they are elsewhere."""
+        return 0 if self.rows is None else len(self.rows)
+
+    @property
     def own_samples(self) -> Dataset:
-        """Its training samples, which must be here."""
-        assert self.dataset is not None
-        return self.dataset
+        """A copy of its training samples, which must be here."""
+        assert self.data is not None
+        return self.data.select(self.own_rows)
 
     def shared(self, blueprint: StageBlueprint) -> tuple[str, ...]:
         """The trained tensors of a stage that its updates hold, all in each round or some in turn."""
@@ -91,7 +105,12 @@ class ClientSetup:
 
     def examples_in(self, round: int) -> int:
         """Samples that it processes in one round."""
-        return self.work.of_round(self.name, round).num_examples(len(self.own_samples))
+        return self.work.of_round(self.name, round).num_examples(len(self.own_rows))
+
+    def pipeline_bytes(self, num_samples: int) -> int:
+        """Bytes of boundary tensors between its devices, there and back, for so many samples."""
+        per_sample = sum(stage.boundary_bytes for stage in self.plan.stages) / self.plan.microbatch_size
+        return int(2 * per_sample * num_samples)
 
     def with_samples(self, num_samples: int) -> ClientSetup:
         """The same client, now that it is known how many samples it has."""
@@ -122,6 +141,7 @@ class Prepared:
         sample_shape, sample_dtype: of one model input.
         scope: what of the model travels.
         notes: what the user should be told before the first round.
+        probe: how clients can be trained many at once in this process; None where they are not.
     """
 
     job: Job
@@ -134,6 +154,7 @@ class Prepared:
     sample_dtype: torch.dtype
     scope: Scope = field(default_factory=Scope)
     notes: tuple[str, ...] = ()
+    probe: Probe | None = None
 
     @property
     def is_planned(self) -> bool:
@@ -172,7 +193,7 @@ class Prepared:
     @property
     def has_clients_data(self) -> bool:
         """Whether the clients' samples are in this process."""
-        return all(setup.dataset is not None for setup in self.clients.values())
+        return all(setup.rows is not None for setup in self.clients.values())
 
     def whole_stage(self) -> StageBlueprint:
         """The model as a single stage."""
@@ -212,7 +233,7 @@ def plan_split(job: Job, data: TrainTest, names: Sequence[str], rows: Sequence[t
     """
     prepared = _plan_clients(job, data)
     clients = {
-        name: replace(setup.with_samples(len(indices)), dataset=data.train.select(indices))
+        name: replace(setup.with_samples(len(indices)), data=data.train, rows=indices)
         for (name, setup), indices in zip(prepared.clients.items(), rows, strict=True)
     }
     return replace(prepared, clients=clients, table=describe(data.train, rows, names))
@@ -259,7 +280,7 @@ def cut_by(prepared: Prepared, setup: ClientSetup, plan: Plan, devices: Sequence
         round_samples=0,
         predicted_s=0.0,
     )
-    return anew if setup.dataset is None else anew.with_samples(len(setup.dataset))
+    return anew if setup.rows is None else anew.with_samples(len(setup.rows))
 
 
 def set_up_client(job: Job, graph: LayerGraph, model: nn.Module, client: Client) -> ClientSetup:
@@ -272,7 +293,7 @@ def set_up_client(job: Job, graph: LayerGraph, model: nn.Module, client: Client)
     blueprints = draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
     work = local_work(job, plan, job.strategy.scope(graph.state))
     moved = _moved(job, graph, work, plan, blueprints)
-    return ClientSetup(client, plan, blueprints, moved, work, None, 0, 0.0)
+    return ClientSetup(client, plan, blueprints, moved, work, None, None, 0, 0.0)
 
 
 def local_work(job: Job, plan: Plan, scope: Scope) -> LocalWork:

@@ -159,7 +159,7 @@ def round_settings(session: Session) -> RoundSettings:
         seed=prepared.job.seed,
         fingerprint=prepared.fingerprint,
         late=session.late,
-        num_samples={name: len(setup.dataset) if setup.dataset else 0 for name, setup in clients.items()},
+        num_samples={name: setup.num_samples for name, setup in clients.items()},
         roster=session.roster,
     )
 

@@ -12,14 +12,16 @@ import torch
 from pydantic import Field
 
 from fedmp.client import LocalRound, StateStore
+from fedmp.clock import Clock
 from fedmp.component import Component
-from fedmp.coordinator import ClientUpdate, Opening, Trained
+from fedmp.coordinator import Clients, ClientUpdate, Opening, Trained
 from fedmp.engine.arrivals import Arrivals, predict_arrivals
-from fedmp.engine.cohort import CohortClients, cohort_settings, keeps_at_clients, try_out, why_one_by_one
+from fedmp.engine.at_once import ManyAtOnce, is_mean_by_samples, keeps_at_clients, try_out, why_one_by_one
+from fedmp.engine.cohort import CohortClients, cohort_settings
 from fedmp.engine.held import Held, HeldUpdates
 from fedmp.engine.job import Job
 from fedmp.engine.paced import PacedCheckpoints
-from fedmp.engine.prepare import ClientSetup, Prepared, build_model, load_and_split, prepare
+from fedmp.engine.prepare import ClientSetup, Prepared, build_model, load_and_split, plan_split
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
 from fedmp.engine.simulated_time import SimulatedTime
 from fedmp.engine.simulated_wire import SimulatedWire
@@ -68,22 +70,22 @@ class SimulateEngine(Component):
             raise ConfigError(
                 "faults happen to device processes, which engine 'simulate' has none of; use engine=local"
             )
-        reason = "" if self.cohort != "sequential" else "as asked"
-        if not reason and any(len(client.devices) > 1 for client in job.topology.clients):
-            reason = "clients have several devices"
-        reason = reason or why_one_by_one(job)
+        data, names, parts = load_and_split(job)
+        reason = "as asked" if self.cohort == "sequential" else why_one_by_one(job)
         if not reason:
-            data, names, parts = load_and_split(job)
             model = build_model(job)
             reason = keeps_at_clients(job, model)
         if not reason:
             found = try_out(job, model, data.train, parts[0], draws_noise=self.cohort == "vectorized")
-            if not found.refusal:
+            if not found.refusal and not _needs_plans(job):
                 return Unplanned(job, model, data, Rows(names, parts), found)
+            if not found.refusal:
+                return replace(plan_split(job, data, names, parts), probe=found)
             reason = found.refusal
         if self.cohort == "vectorized":
             raise ConfigError(f"engine.cohort=vectorized: {reason}; use engine.cohort=auto or sequential")
-        return replace(prepare(job), notes=(f"clients are trained one after another: {reason}",))
+        note = f"clients are trained one after another: {reason}"
+        return replace(plan_split(job, data, names, parts), notes=(note,))
 
     def run(self, session: Session) -> Outcome:
         """Run the rounds.
@@ -93,29 +95,32 @@ class SimulateEngine(Component):
         """
         for note in session.prepared.notes:
             session.observe(Note(note))
-        if isinstance(session.prepared, Unplanned):
+        if session.prepared.probe is not None:
             return self._run_at_once(session)
         clients = SimulatedClients(session, OneByOne(session))
         startup_s = time.monotonic() - session.started_s
         return Outcome(run_session(session, round_settings(session), clients), startup_s)
 
     def _run_at_once(self, session: Session) -> Outcome:
-        clients = CohortClients(session, chunk=self.chunk, workers=self.workers)
-        session.observe(
-            Note(
-                f"clients are trained {clients.chunk} at once by {clients.workers} threads, without plans: "
-                f"simulated times are 0, and engine.cohort=sequential predicts them"
+        trainer = ManyAtOnce(session, chunk=self.chunk, workers=self.workers)
+        told = f"clients are trained {trainer.chunk} at once by {trainer.workers} threads"
+        clients: Clients
+        if isinstance(session.prepared, Unplanned):
+            clients, settings = CohortClients(session, trainer), cohort_settings(session)
+            told += ", without plans: simulated times are 0, and engine.cohort=sequential predicts them"
+        else:
+            clients, settings = SimulatedClients(session, trainer), round_settings(session)
+        session.observe(Note(told))
+        if not _remembers(session.prepared):
+            paced = PacedCheckpoints(
+                session.checkpoints, last_round=session.prepared.job.rounds, every_s=self.checkpoint_s
             )
-        )
-        paced = PacedCheckpoints(
-            session.checkpoints, last_round=session.prepared.job.rounds, every_s=self.checkpoint_s
-        )
-        session = replace(session, checkpoints=paced)
+            session = replace(session, checkpoints=paced)
         startup_s = time.monotonic() - session.started_s
         try:
-            return Outcome(run_session(session, cohort_settings(session), clients), startup_s)
+            return Outcome(run_session(session, settings, clients), startup_s)
         finally:
-            clients.close()
+            trainer.close()
 
 
 class CohortTrainer(Protocol):
@@ -128,6 +133,7 @@ class CohortTrainer(Protocol):
         round: int,
         states: Mapping[str, str],
         handed_out: Mapping[str, torch.Tensor],
+        keep: bool,
     ) -> Sequence[ClientUpdate]:
         """Train from what the coordinator hands out, which stays as it is.
 
@@ -136,6 +142,8 @@ class CohortTrainer(Protocol):
             round: seeds the order of the batches.
             states: names what each client kept, from which it starts.
             handed_out: the global model and what goes with it, as clients receive it.
+            keep: whether each update is wanted. Otherwise their mean may be all that there is, weighted by the
+                samples that each client processed (`fedmp.aggregate.SummedUpdates`).
 
         Returns:
             The clients' updates, in the order of the cohort; each may still be read after later calls.
@@ -173,6 +181,7 @@ class SimulatedClients:
         self._finish_s = finish_s or self._time.finish_s
         self._wire = SimulatedWire(session, session.prepared.graph.state)
         self._traffic = Traffic(self._wire.uplink, self._wire.downlink)
+        self._is_mean = is_mean_by_samples(session.prepared.job) and self._wire.uplink.is_plain
         self._store = HeldUpdates(session.journal_folder / "late")
         self._held: Mapping[str, Held] = self._store.load(session.first_round - 1, session.late)
 
@@ -197,19 +206,26 @@ class SimulatedClients:
         begun = [setup for name, setup in clients.items() if name in took_part and name not in opening.late]
         needed = [setup for setup in begun if setup.name not in lost]
         handed_out = self._wire.hand_out(round)
-        made = self._trainer.train(needed, round=round, states=opening.states, handed_out=handed_out.tensors)
+        is_summed = self._is_mean and not late and not self._held
+        made = self._trainer.train(
+            needed, round=round, states=opening.states, handed_out=handed_out.tensors, keep=not is_summed
+        )
         arriving = dict(self._held)
         for setup, update in zip(needed, made, strict=True):
-            arriving[setup.name] = self._send(setup, update, opening.states.get(setup.name, ""))
-        updates = {client: held.update for client, held in arriving.items()}
-        self._held = {client: replace(arriving[client], left_s=left_s) for client, left_s in late.items()}
+            base = opening.states.get(setup.name, "")
+            arriving[setup.name] = self._send(setup, update, base, handed_out.tensors)
+        self._held = {
+            client: replace(self._held.get(client) or _by_itself(arriving[client]), left_s=left_s)
+            for client, left_s in late.items()
+        }
         self._store.save(round, self._held)
-        counted = [clients[name] for name in clients if name in arrivals.counted]
+        counted = [name for name in clients if name in arrivals.counted]
+        updates = made if is_summed else [arriving[name].update for name in counted]
         return Trained(
-            updates=[updates[setup.name] for setup in counted],
-            late={client: updates[client].round for client in late},
+            updates=updates,
+            late={client: arriving[client].update.round for client in late},
             sat_out=lost,
-            bytes_up=sum(arriving[setup.name].num_bytes for setup in counted),
+            bytes_up=sum(arriving[name].num_bytes for name in counted),
             bytes_down=sum(
                 self._traffic.down(
                     setup, handed_out.payload, round=round, is_first=not opening.states.get(setup.name)
@@ -221,8 +237,12 @@ class SimulatedClients:
             simulated_s=arrivals.duration_s,
         )
 
-    def _send(self, setup: ClientSetup, update: ClientUpdate, base: str) -> Held:
+    def _send(
+        self, setup: ClientSetup, update: ClientUpdate, base: str, like: Mapping[str, torch.Tensor]
+    ) -> Held:
         """An update as the coordinator will have it, and its bytes on the way there."""
+        if self._wire.uplink.is_plain:
+            return Held(update, 0.0, self._traffic.plain_up(setup, update, like))
         update, payload = self._wire.send(update, base)
         return Held(update, 0.0, self._traffic.up(setup, payload))
 
@@ -272,6 +292,7 @@ class OneByOne:
         round: int,
         states: Mapping[str, str],
         handed_out: Mapping[str, torch.Tensor],
+        keep: bool,
     ) -> list[ClientUpdate]:
         """Train each client of the cohort in turn.
 
@@ -290,7 +311,7 @@ class OneByOne:
             work,
             client=setup.name,
             dataset=setup.own_samples,
-            num_samples=len(setup.own_samples),
+            num_samples=setup.num_samples,
         )
         state = local.usable(self._store.load(setup.name, base), key=base, round=round)
         names = work.scope.pulled(handed_out, round, whole=local.needs_whole(state))
@@ -302,12 +323,31 @@ class OneByOne:
 
         result = local.run({name: handed_out[name] for name in names}, state, round=round, on_step=tell)
         self._store.save(setup.name, state_key(round), "all", result.state, base=base)
-        report = result.report.model_copy(update={"pipeline_bytes": _pipeline_bytes(setup, num_samples)})
+        report = result.report.model_copy(update={"pipeline_bytes": setup.pipeline_bytes(num_samples)})
         return ClientUpdate(setup.name, round, result.update, (report,))
 
 
-def _pipeline_bytes(setup: ClientSetup, num_samples: int) -> int:
-    """Bytes of boundary tensors, there and back, for so many samples."""
-    size = setup.plan.microbatch_size
-    per_sample = sum(stage.boundary_bytes for stage in setup.plan.stages) / size
-    return int(2 * per_sample * num_samples)
+def _by_itself(held: Held) -> Held:
+    """A late update with tensors of its own, so that it does not keep those of its cohort in memory."""
+    tensors = {name: tensor.clone() for name, tensor in held.update.items()}
+    return replace(held, update=replace(held.update, tensors=tensors))
+
+
+def _needs_plans(job: Job) -> bool:
+    """Whether a run without plans, in which each client finishes every round at once, is another."""
+    closing = job.strategy.closing(len(job.topology.clients))
+    return (
+        closing.refills
+        or closing.deadline_s is not None
+        or closing.num_training != closing.wanted
+        or job.clock != Clock()
+        or any(len(client.devices) > 1 for client in job.topology.clients)
+    )
+
+
+def _remembers(prepared: Prepared) -> bool:
+    """Whether rounds leave more behind than the global model, so that each must be committed by itself."""
+    job = prepared.job
+    closing = job.strategy.closing(prepared.num_clients)
+    may_be_late = closing.oldest(job.rounds) is not None
+    return may_be_late or job.uplink_channel(prepared.specs).chain.keeps_residual

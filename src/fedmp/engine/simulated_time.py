@@ -125,4 +125,4 @@ class SimulatedTime:
 
 
 def _work_of(setup: ClientSetup, round: int) -> ClientWork:
-    return setup.round_work(len(setup.own_samples), round=round)
+    return setup.round_work(setup.num_samples, round=round)

@@ -69,7 +69,6 @@ class Unplanned(Prepared):
     """
 
     rows: Rows
-    probe: Probe
 
     def __init__(self, job: Job, model: nn.Module, data: TrainTest, rows: Rows, probe: Probe) -> None:
         example = example_input(data.train, 1)

@@ -151,7 +151,7 @@ def _run(job: Job, folder: Path, make_view: ViewMaker, config: Mapping[str, Any]
 def _predict(job: Job, settings: PaperSettings) -> tuple[Workload, SiteTimes, CenterTimes, list[int]]:
     prepared = prepare(job)
     setups = list(prepared.clients.values())
-    sizes = [len(setup.own_samples) for setup in setups]
+    sizes = [setup.num_samples for setup in setups]
     per_round = sum(setup.round_samples for setup in setups)
     settings_of = job.centralized
     workload = Workload(

@@ -1,0 +1,169 @@
+"""The updates of clients that were trained at once: each read when asked for, or summed up already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, overload
+
+import torch
+
+from fedmp.client import LocalWork
+from fedmp.cohort import CohortResult, FlatLayout
+from fedmp.coordinator import ClientUpdate
+from fedmp.records import DeviceReport
+
+__all__ = ["CohortUpdates", "Start", "Trainee"]
+
+
+class Trainee(Protocol):
+    """What training needs to know of a client."""
+
+    @property
+    def name(self) -> str:
+        """The client's name, which seeds the order of its batches."""
+        ...
+
+    @property
+    def own_rows(self) -> torch.Tensor:
+        """Its rows of everyone's samples."""
+        ...
+
+    @property
+    def work(self) -> LocalWork:
+        """What it does in a round."""
+        ...
+
+    def pipeline_bytes(self, num_samples: int) -> int:
+        """Bytes that its devices send each other for so many samples."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a round's training starts from.
+
+    Attributes:
+        tensors: as handed out, by name; they may change after the round.
+        parameters: [P] the trained ones, flat.
+        statistics: buffers that training changes, by name.
+        zeros: updates of what training leaves alone.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    parameters: torch.Tensor
+    statistics: Mapping[str, torch.Tensor]
+    zeros: Mapping[str, torch.Tensor]
+
+
+class CohortUpdates(Sequence[ClientUpdate]):
+    """A cohort's updates, which are already summed up where only their mean is wanted.
+
+    Args:
+        cohort: who trained.
+        result: of the training.
+        layout: of the trained parameters.
+        start: from which they were trained.
+        round: in which.
+    """
+
+    def __init__(
+        self,
+        cohort: Sequence[Trainee],
+        result: CohortResult,
+        layout: FlatLayout,
+        start: Start,
+        *,
+        round: int,
+    ) -> None:
+        self._result, self._layout, self._start = result, layout, start
+        self._updates = [
+            ClientUpdate(one.name, round, _Own(self, place), (report,))
+            for place, (one, report) in enumerate(zip(cohort, _reports(cohort, result, round), strict=True))
+        ]
+
+    @overload
+    def __getitem__(self, place: int) -> ClientUpdate: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[ClientUpdate]: ...
+    def __getitem__(self, place: int | slice) -> ClientUpdate | Sequence[ClientUpdate]:
+        return self._updates[place]
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def weighted_mean(self, weights: Sequence[float]) -> dict[str, torch.Tensor] | None:
+        """The mean of all, without any of them; None if it was summed with other weights."""
+        if list(weights) != [float(update.num_examples) for update in self._updates]:
+            return None
+        total = float(sum(weights))
+        mean = self._layout.by_name(self._result.total / total - self._start.parameters)
+        for name, tensor in self._result.buffers.items():
+            before = self._start.statistics[name]
+            mean[name] = _as(tensor / total - before, before.dtype)
+        return {**mean, **self._start.zeros}
+
+    def names(self) -> list[str]:
+        """The tensors of each update."""
+        return [*self._layout.names, *self._start.statistics, *self._start.zeros]
+
+    def of(self, place: int, name: str) -> torch.Tensor:
+        """One client's update of one tensor."""
+        result, start = self._result, self._start
+        if result.parameters.shape[0] == 0:
+            raise LookupError("the updates were summed up as they were made")
+        if name in self._layout.spans:
+            span = self._layout.spans[name]
+            change = result.parameters[place, span.begin : span.end] - start.parameters[span.begin : span.end]
+            return change.view(span.shape)
+        if name in start.statistics:
+            return result.own_buffers[name][place] - start.statistics[name]
+        return start.zeros[name]
+
+
+class _Own(Mapping[str, torch.Tensor]):
+    """One client's update, read when asked for."""
+
+    def __init__(self, updates: CohortUpdates, place: int) -> None:
+        self._updates, self._place = updates, place
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._updates.of(self._place, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._updates.names())
+
+    def __len__(self) -> int:
+        return len(self._updates.names())
+
+
+def _reports(cohort: Sequence[Trainee], result: CohortResult, round: int) -> list[DeviceReport]:
+    """What each client reports. Checked values of this process's own: a hundred of them need no second check."""
+    sums = torch.stack([result.loss_sums, result.weights, result.num_correct, result.rate_sums], 1).tolist()
+    reports = []
+    for one, (loss, weight, correct, rates), evaluation in zip(
+        cohort, sums, result.evaluation.tolist(), strict=True
+    ):
+        size = len(one.own_rows)
+        work = one.work.of_round(one.name, round)
+        count = work.num_examples(size)
+        reports.append(
+            DeviceReport.model_construct(
+                num_examples=count,
+                num_samples=size,
+                num_steps=work.num_steps(size),
+                rate_sum=rates,
+                loss_sum=loss,
+                weight=weight,
+                num_correct=correct,
+                evaluation_loss_sum=evaluation[0],
+                evaluation_weight=evaluation[1],
+                evaluation_correct=evaluation[2],
+                pipeline_bytes=one.pipeline_bytes(count),
+            )
+        )
+    return reports
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if dtype.is_floating_point else tensor.round().to(dtype)
