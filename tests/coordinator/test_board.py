@@ -190,6 +190,34 @@ def test_a_broken_pipeline_is_brought_up_anew_once_however_many_devices_report_i
     assert board.incidents() == ["ann begins round 3 anew: lost stage 1"]
 
 
+def test_a_client_that_lost_a_device_begins_anew_at_once_and_once_only() -> None:
+    board = healing()
+    board.lost("ann1 was killed", MEMBERS["ann1"])
+    assert board.instruction_for(MEMBERS["ann0"]).generation == 1
+    board.failed(MEMBERS["ann0"], lost())  # the neighbour has noticed, too
+    assert board.instruction_for(MEMBERS["ann1"], "its successor").generation == 1
+    assert board.incidents() == ["ann1 was killed", "ann begins round 3 anew: device d1 was lost"]
+    assert (board.faults, board.recoveries) == (1, 1)
+
+
+def test_a_device_that_was_lost_before_it_came_up_again_costs_no_further_attempt() -> None:
+    board = healing()
+    board.lost("ann1 was killed", MEMBERS["ann1"])
+    board.lost("ann1 was killed", MEMBERS["ann1"])
+    assert board.instruction_for(MEMBERS["ann0"]).generation == 1
+    assert (board.faults, board.recoveries) == (2, 1)
+
+
+def test_a_nudge_ends_one_wait_before_its_time() -> None:
+    board = opened("ann")
+    board.nudge()
+    started_s = time.monotonic()
+    assert board.wait_for_cohort(timeout_s=60) is False
+    assert time.monotonic() - started_s < 30
+    report_all(board, "ann")
+    assert board.wait_for_cohort(timeout_s=60) is True
+
+
 def test_what_a_broken_pipeline_made_is_void_until_the_next_one_is_up() -> None:
     board = healing()
     first, second = (Address(host="h", port=1, secret=str(n), number=n) for n in (0, 1))

@@ -7,7 +7,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -313,20 +314,34 @@ def test_progress_of_the_open_round_is_shown_and_of_another_one_is_not(server: C
 
 def test_an_instruction_is_held_back_until_there_is_news(server: Coordinator) -> None:
     server.board.close_round()
+    device = HttpFederation(server.service.url, "ann0")
+    open_round = partial(server.board.open_round, 1, ("ann",))
+    assert asked_before(open_round, lambda: device.instruction().kind) == "train"
+
+
+def test_an_address_is_held_back_until_the_generation_that_is_wanted_has_one(server: Coordinator) -> None:
+    first, other = (HttpFederation(server.service.url, f"ann{rank}") for rank in (0, 1))
+    old, new = (Address(host="h", port=1, secret=str(n), number=n) for n in (0, 1))
+    first.publish_address(old)
+    assert other.address(1) == old  # what there is, for whom does not wait
+    assert asked_before(partial(first.publish_address, new), lambda: other.address(1, wait_s=10)) == new
+
+
+def asked_before(event: Callable[[], None], ask: Callable[[], object]) -> object:
+    """The answer to a question that was asked before the event; it comes long before any long poll is over."""
     asked = threading.Event()
-    answers: list[str] = []
+    answers: list[object] = []
 
-    def ask() -> None:
-        device = HttpFederation(server.service.url, "ann0")
+    def wait() -> None:
         asked.set()
-        answers.append(device.instruction().kind)
+        answers.append(ask())
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     asked.wait()
-    server.board.open_round(1, ("ann",))
-    thread.join(timeout=5)  # far less than the coordinator's long-poll time of 10 s
-    assert answers == ["train"]
+    event()
+    thread.join(timeout=5)
+    return answers[0] if answers else None
 
 
 def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(server: Coordinator) -> None:

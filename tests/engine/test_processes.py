@@ -1,11 +1,13 @@
-"""The spare process that becomes the next device that is lost."""
+"""The processes of devices: their ends are noticed, and a spare one becomes the device that is lost next."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +78,38 @@ def test_a_spare_process_that_is_not_needed_goes_home(processes: DeviceProcesses
     os.kill(spare.pid or 0, signal.SIGSTOP)  # even if it hangs
     processes.close()
     assert not [process for process in multiprocessing.active_children() if process.name == "spare device"]
+
+
+def test_the_end_of_a_device_is_told_at_once() -> None:
+    ended = threading.Event()
+    processes = DeviceProcesses(with_spare=False, on_end=ended.set)
+    first, second = (processes.start(f"fedmp c0/{name}", SPEC) for name in ("d0", "d1"))
+    assert not ended.is_set()
+    first.kill()
+    assert ended.wait(10)
+    first.join()
+    first.close()  # its descriptors may be another's now
+    ended.clear()
+    second.kill()
+    assert ended.wait(10)
+    second.join()
+    processes.close()
+
+
+def test_nobody_watches_the_devices_any_more_once_they_are_let_go() -> None:
+    before = num_descriptors()
+    processes = DeviceProcesses(with_spare=False, on_end=lambda: None)
+    device = processes.start("fedmp c0/d0", SPEC)
+    processes.close()
+    assert "fedmp-sentinels" not in {thread.name for thread in threading.enumerate()}
+    device.kill()
+    device.join()
+    device.close()
+    assert num_descriptors() == before
+
+
+def num_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_without_restarts_there_is_no_spare_process() -> None:

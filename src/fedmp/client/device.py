@@ -242,9 +242,20 @@ class _Device:
                 raise
             # the round was closed without this client, or an acknowledgement got lost and its update was in
         except PipelineError as error:
-            self._leave()  # before anything else, so that the neighbours notice
-            _report_failure(self._federation, self._spec, instruction.round, error, max(self._generation, 0))
+            self._break_off(error)
             self._wait_for_news()
+
+    def _break_off(self, error: PipelineError) -> None:
+        """Leave a broken pipeline, so that the neighbours notice, and tell the coordinator meanwhile."""
+        told = threading.Thread(
+            target=_report_failure,
+            args=(self._federation, self._spec, self.round, error, max(self._generation, 0)),
+            name="fedmp-failure",
+            daemon=True,
+        )
+        told.start()
+        self._leave()
+        told.join()
 
     def _wait_for_news(self) -> None:
         """Until the coordinator has another instruction than the one that failed."""

@@ -101,8 +101,16 @@ class Federation(Protocol):
         """Say where the client's other devices find this one."""
         ...
 
-    def address(self) -> Address | None:
-        """Where the client's first device listens; None if not known yet."""
+    def address(self, generation: int = 0, *, wait_s: float = 0.0) -> Address | None:
+        """Where the client's first device listens.
+
+        Args:
+            generation: of the pipeline that is wanted, at least.
+            wait_s: how long the answer may be held back until that is known.
+
+        Returns:
+            The newest address; None if none is known yet.
+        """
         ...
 
 
@@ -212,9 +220,10 @@ class HttpFederation:
         """Say where the client's other devices find this one."""
         self._send("PUT", "/v1/address", address)
 
-    def address(self) -> Address | None:
-        """Where the client's first device listens."""
-        data = self._ask("GET", "/v1/address").data
+    def address(self, generation: int = 0, *, wait_s: float = 0.0) -> Address | None:
+        """Where the client's first device listens; the coordinator answers when it knows, or after `wait_s`."""
+        fields = {"generation": str(generation), "wait_s": str(wait_s)} if wait_s else None
+        data = self._ask("GET", "/v1/address", fields=fields).data
         return None if data == b"null" else Address.model_validate_json(data)
 
     def _send(self, method: str, path: str, message: BaseModel, **options: Any) -> bytes:

@@ -23,7 +23,6 @@ from fedmp.records import Address
 __all__ = ["Meeting", "Place", "meet", "stages_text"]
 
 _ANNOUNCE_S = 1.0
-_ASK_S = 0.05
 _CHECK_S = 0.25
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.02
 # once all are there, the rest takes milliseconds, unless one is lost in these very milliseconds
@@ -121,15 +120,11 @@ def _find_address(
     place: Place, federation: Federation, generation: int, check: Callable[[int], None]
 ) -> Address:
     deadline_s = time.monotonic() + place.timeout_s
-    checked_s = time.monotonic()
     while time.monotonic() < deadline_s:
-        address = federation.address()
+        address = federation.address(generation, wait_s=_CHECK_S)
         if address is not None and address.number >= generation:
             return address
-        time.sleep(_ASK_S)
-        if time.monotonic() - checked_s > _CHECK_S:
-            check(generation)
-            checked_s = time.monotonic()
+        check(generation)
     raise DeadlineError(f"the client's first device did not come up within {place.timeout_s:g} s")
 
 

@@ -59,7 +59,11 @@ class Attempts:
         if not process or process == known:
             return False
         self._processes[member] = process
-        return known is not None and self._told.pop(member, None) == self.generation(member.client)
+        return known is not None and self.forget(member)
+
+    def forget(self, member: Member) -> bool:
+        """A device is gone; returns whether it was told of the present generation, which is over then."""
+        return self._told.pop(member, None) == self.generation(member.client)
 
     def came_up(self, client: str, generation: int) -> bool:
         """A client's first device says where a generation meets; returns whether it is not over already."""

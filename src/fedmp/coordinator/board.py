@@ -70,6 +70,7 @@ class Board:
         self._addresses: dict[str, Address] = {}
         self._failure: FailureReport | None = None
         self._failed_s = 0.0
+        self._is_nudged = False
         self._listeners: list[Callable[[], None]] = []
         self._progress: dict[str, ProgressReport] = {}
         self._last_heard_s: dict[tuple[str, str], float] = {}
@@ -147,7 +148,7 @@ class Board:
         """Wait until as many clients as are wanted have reported, or all that still can, or something fails.
 
         Args:
-            timeout_s: return False after so long, or when there are incidents to tell.
+            timeout_s: return False after so long, or when there are incidents to tell, or after a nudge.
 
         Raises:
             FedmpError: a device reported a failure; of the kind that it reported.
@@ -160,7 +161,8 @@ class Board:
                 if not self._missing() or self._roll.is_enough(self._attempts.given_up):
                     return True
                 left_s = deadline_s - time.monotonic()
-                if left_s <= 0 or self._attempts.incidents:
+                if left_s <= 0 or self._attempts.incidents or self._is_nudged:
+                    self._is_nudged = False
                     return False
                 self._changed.wait(left_s)
 
@@ -244,11 +246,25 @@ class Board:
         with self._changed:
             return any(name == client for name, _ in self._missing())
 
-    def lost(self, incident: str) -> None:
-        """A device is gone."""
+    def nudge(self) -> None:
+        """Let whoever waits for the cohort look after the devices now, and not a moment later."""
+        with self._changed:
+            self._is_nudged = True
+            self._changed.notify_all()
+
+    def lost(self, incident: str, member: Member | None = None) -> None:
+        """A device is gone.
+
+        Args:
+            incident: what happened, for people.
+            member: the device, if it comes back to its place: its client begins anew without waiting until its
+                neighbours have noticed and said so.
+        """
         with self._changed:
             self.faults += 1
             self._attempts.incidents.append(incident)
+            if member is not None and self._attempts.forget(member):
+                self._begin_anew(member.client, f"device {member.device} was lost")
 
     def give_up(self, client: str, reason: str) -> None:
         """The client will not finish the open round."""

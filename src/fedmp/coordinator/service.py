@@ -16,7 +16,7 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -51,6 +51,8 @@ _SOON_S = 1  # when to ask again for what is not ready yet
 _CHECKS_AT_ONCE = 2  # each holds a tensor in memory; more would not be faster either
 
 _log = logging.getLogger("fedmp.coordinator")
+
+_News = TypeVar("_News")
 
 
 class CoordinatorService:
@@ -193,20 +195,12 @@ class CoordinatorService:
     ) -> Instruction:
         """What the asking device should do now; held back while that is to wait."""
         self._member(request, any_plan=True)
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + self._limits.long_poll_s
-        while True:
-            member = self._who(request)  # with another part once its client is planned anew
-            news = asyncio.Event()
-            self._waiting.add(news)
-            try:
-                instruction = self._board.instruction_for(member, process)
-                if instruction.kind != "wait" or loop.time() >= deadline_s or self._is_closing:
-                    return instruction
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(news.wait(), deadline_s - loop.time())
-            finally:
-                self._waiting.discard(news)
+
+        def look() -> Instruction:
+            # the device may have another part by now, if its client was planned anew
+            return self._board.instruction_for(self._who(request), process)
+
+        return await self._hold(look, lambda found: found.kind != "wait", self._limits.long_poll_s)
 
     async def pull(self, request: Request, round: int, whole: bool = False) -> FileResponse:
         """The round's global stages of the asking device; takes up again where a `range` header says."""
@@ -315,9 +309,40 @@ class CoordinatorService:
         for rank in self._board.publish_address(member, address):
             self._journal.discard(member.client, rank)
 
-    async def address(self, request: Request) -> Address | None:
-        """Where the asking device's first device listens; null if not known yet."""
-        return self._board.address_of(self._member(request).client)
+    async def address(
+        self,
+        request: Request,
+        generation: Annotated[int, Query(ge=0)] = 0,
+        wait_s: Annotated[float, Query(ge=0)] = 0.0,
+    ) -> Address | None:
+        """Where the asking device's first device listens, held back until it does so for this generation.
+
+        Null if not known yet.
+        """
+        client = self._member(request).client
+        return await self._hold(
+            lambda: self._board.address_of(client),
+            lambda found: found is not None and found.number >= generation,
+            min(wait_s, self._limits.long_poll_s),
+        )
+
+    async def _hold(
+        self, look: Callable[[], _News], is_worth_it: Callable[[_News], bool], wait_s: float
+    ) -> _News:
+        """Hold an answer back until there is one that is worth it, or for so long."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + wait_s
+        while True:
+            news = asyncio.Event()
+            self._waiting.add(news)
+            try:
+                found = look()
+                if is_worth_it(found) or loop.time() >= deadline_s or self._is_closing:
+                    return found
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(news.wait(), deadline_s - loop.time())
+            finally:
+                self._waiting.discard(news)
 
     def _member(self, request: Request, *, any_plan: bool = False) -> Member:
         """Who asks.

@@ -88,7 +88,7 @@ class Fleet:
         self._make_spec = make_spec
         self._restarts = restarts
         self._silence_timeout_s = silence_timeout_s
-        self._processes = DeviceProcesses(with_spare=bool(restarts))
+        self._processes = DeviceProcesses(with_spare=bool(restarts), on_end=board.nudge)
         self._clients = {name: _ClientFleet(setup, setup) for name, setup in prepared.clients.items()}
         self._died_s: float | None = None
 
@@ -100,7 +100,7 @@ class Fleet:
             self._start_all(fleet)
 
     def check(self) -> None:
-        """See to the devices that were lost; called several times a second.
+        """See to the devices that were lost; called at once when a process ends, and several times a second.
 
         Raises:
             FederationError: one was lost, and none is to be started again.
@@ -167,7 +167,7 @@ class Fleet:
         assert self._restarts is not None
         if fleet.restarts[member.device] < self._restarts:
             fleet.restarts[member.device] += 1
-            self._board.lost(f"{_describe(member)} was lost ({how}) and is started again")
+            self._board.lost(f"{_describe(member)} was lost ({how}) and is started again", member)
             _kill(running.process)
             fleet.running.remove(running)
             self._start(fleet, running.token, member)

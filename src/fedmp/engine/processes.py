@@ -12,11 +12,13 @@ import pickle
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from fedmp.client import DeviceSpec, run_device
+from fedmp.engine.sentinels import Sentinels
 
 __all__ = ["DeviceProcesses"]
 
@@ -35,23 +37,21 @@ class DeviceProcesses:
 
     Args:
         with_spare: keep a spare process.
+        on_end: called, in another thread, when a device's process ends; must not block.
     """
 
-    def __init__(self, *, with_spare: bool) -> None:
+    def __init__(self, *, with_spare: bool, on_end: Callable[[], None] = lambda: None) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._with_spare = with_spare
         self._spare: _Spare | None = None
+        self._sentinels = Sentinels(on_end)
         self._started_s = time.monotonic()
 
     def start(self, name: str, spec: DeviceSpec) -> BaseProcess:
         """Start a device; in the spare process, if there is one."""
         self._started_s = time.monotonic()
-        spare, self._spare = self._spare, None
-        if spare is not None and _becomes(spare, name, spec):
-            spare.process.name = name
-            return spare.process
-        process = self._context.Process(target=_device_main, args=(spec,), name=name, daemon=True)
-        process.start()
+        process = self._become(name, spec)
+        self._sentinels.watch(process)
         return process
 
     def stand_by(self) -> None:
@@ -66,10 +66,20 @@ class DeviceProcesses:
             self._spare = _Spare(process, tell)
 
     def close(self) -> None:
-        """End the spare process."""
+        """End the spare process, and watch the others no more."""
+        self._sentinels.close()
         spare, self._spare = self._spare, None
         if spare is not None:
             _dismiss(spare)
+
+    def _become(self, name: str, spec: DeviceSpec) -> BaseProcess:
+        spare, self._spare = self._spare, None
+        if spare is not None and _becomes(spare, name, spec):
+            spare.process.name = name
+            return spare.process
+        process = self._context.Process(target=_device_main, args=(spec,), name=name, daemon=True)
+        process.start()
+        return process
 
 
 def _becomes(spare: _Spare, name: str, spec: DeviceSpec) -> bool:
