@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedmp.updates import (
+    EF21,
     BFloat16,
     Chain,
     Encoded,
@@ -62,6 +63,10 @@ class Halved:
         (Chain([TopK(fraction=0.1), Int8()]), False),
         (Chain([LowRank(), BFloat16(), Int4()]), False),
         (Chain([RandomK(fraction=0.2, error_feedback=False), Int4()]), True),
+        (Chain([EF21(), TopK(fraction=0.1)]), False),
+        (Chain([EF21(), LowRank(rank=4), BFloat16()]), False),
+        (Chain([EF21(), RandomK(fraction=0.2)]), False),
+        (Chain([EF21(), Sign()]), False),
         (Chain([]), True),
         (Halved(), False),
     ],

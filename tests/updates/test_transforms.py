@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from fedmp.errors import ConfigError, TrainingError
 from fedmp.updates import (
+    EF21,
     BFloat16,
     Chain,
     Clip,
@@ -272,6 +273,9 @@ def test_error_feedback_takes_in_what_later_transforms_lose() -> None:
         ([TopK(), Clip()], "Clip comes first of all, not between TopK, Clip"),
         ([Zstd(), Int8()], "Zstd comes last of all"),
         ([Clip(), Clip()], "Clip comes first of all"),
+        ([TopK(), EF21(), Int8()], "EF21 comes first, after Clip alone, not between TopK, EF21, Int8"),
+        ([Clip(), EF21(), Zstd()], r"EF21 compresses nothing itself; say with what, such as \[ef21,topk\]"),
+        ([EF21(), RandomK(fraction=0.1, error_feedback=False)], "multiplies numbers by 1 / fraction = 10"),
         ([Int8(), "int4"], "str is no transform: it needs error_feedback, layout, encode and decode"),
     ],
 )

@@ -350,6 +350,7 @@ class _Device:
                     (a.device, a.stage, a.kind, a.microbatch, a.start_s, a.stop_s) for a in self._timeline
                 ),
                 "generation": generation,
+                "forgotten": self._wire.forgotten(result.update, kept) if base else (),
             }
         )
         self._has_timeline |= bool(self._timeline)

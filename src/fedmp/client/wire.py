@@ -8,12 +8,12 @@ Devices and the simulating engine run this same code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from fedmp.updates import Channel
+from fedmp.updates import Channel, Estimates
 
 __all__ = ["Wire"]
 
@@ -35,8 +35,8 @@ class Wire:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the uplink's transforms want to see again what they lost."""
-        return self.uplink.chain.keeps_residual
+        """Whether the uplink's transforms want to see again what they lost, or what the coordinator holds."""
+        return self.uplink.chain.keeps_residual or self.uplink.chain.keeps_estimate
 
     @staticmethod
     def concerns(state_name: str) -> bool:
@@ -74,6 +74,19 @@ class Wire:
         norm = None
         if self.uplink.chain.clip is not None:
             norm = math.sqrt(sum_over_devices(self.uplink.square_sum(update)))
-        own = {name.removeprefix(_SENT): tensor for name, tensor in state.items() if self.concerns(name)}
+        own = _own(state)
         payload, kept = self.uplink.encode(update, own, sender=self.client, round=round, norm=norm)
         return payload, {_SENT + name: tensor for name, tensor in kept.items()}
+
+    def estimates(self, state: Mapping[str, torch.Tensor]) -> Estimates:
+        """What the coordinator holds of the client, by the state that the client kept."""
+        return self.uplink.estimates_in(_own(state))
+
+    def forgotten(self, names: Iterable[str], state: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+        """Those of the tensors of an update of which the coordinator may hold something, and the client nothing."""
+        held = self.estimates(state)
+        return tuple(name for name in self.uplink.estimated(names) if held(name) is None)
+
+
+def _own(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(_SENT): tensor for name, tensor in state.items() if Wire.concerns(name)}

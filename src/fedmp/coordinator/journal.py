@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 from fedmp.coordinator.clients import ClientUpdate
 from fedmp.coordinator.disk import disk_errors
+from fedmp.coordinator.estimates import EstimateBook, EstimateStore
 from fedmp.errors import RefusedError
 from fedmp.graph import StateSpec
 from fedmp.records import DeviceReport
@@ -50,6 +51,7 @@ class Journal:
         folder: of the whole job's journal; a round's files lie in a folder of their own below it.
         specs: of every tensor of the model.
         uplink, downlink: how updates come in and global stages go out; None as they are.
+        estimates: holds clients' updates, to which the next ones are told as differences; None if they are not.
     """
 
     def __init__(
@@ -59,10 +61,13 @@ class Journal:
         *,
         uplink: Channel | None = None,
         downlink: Channel | None = None,
+        estimates: EstimateStore | None = None,
     ) -> None:
         self._folder = folder
         self._uplink = uplink or Channel((), specs, seed=0)
         self._downlink = downlink or Channel((), specs, seed=0, direction="down")
+        self._estimates = EstimateBook(estimates, self._uplink)
+        self._states: dict[str, str] = {}
         self._round = 0
         self._late: dict[str, int] = {}
         self._is_sealed = False
@@ -73,14 +78,22 @@ class Journal:
         """The open round; 0 before the first and between two."""
         return self._round
 
-    def open(self, round: int, late: Mapping[str, int] | None = None) -> None:
+    def open(
+        self,
+        round: int,
+        late: Mapping[str, int] | None = None,
+        *,
+        states: Mapping[str, str] | None = None,
+    ) -> None:
         """Begin a round, or go on with it: updates that are there stay, those of other rounds go.
 
         Args:
             round: its number.
             late: clients that go on with an earlier round, which stays too.
+            states: names what each client kept of its last update that counted, from which its next one starts.
         """
         with self._writing:
+            self._states = dict(states or {})
             self._late = dict(late or {})  # first: the service looks up where a late client's files are
             self._round, self._is_sealed = round, False
             self._folder_of(round).mkdir(parents=True, exist_ok=True)
@@ -286,14 +299,29 @@ class Journal:
         bodies = [safe_open(path, framework="pt") for path in paths]
         reports = tuple(DeviceReport.model_validate_json(body.metadata()["report"]) for body in bodies)
         round = self._late.get(client, self._round)
-        return ClientUpdate(client, round, Decoded(_Files(bodies), self._uplink, client, round), reports)
+        forgotten = [name for report in reports for name in report.forgotten]
+        held = self._estimates.of(client, self._states.get(client, ""), forgotten)
+        return ClientUpdate(
+            client, round, Decoded(_Files(bodies), self._uplink, client, round, held), reports
+        )
+
+    def remember(self, updates: Sequence[ClientUpdate]) -> None:
+        """Hold updates that count, where later ones are told as differences to them.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        with disk_errors():
+            for update in updates:
+                self._estimates.remember(update, self._states.get(update.client, ""))
 
     def _read(self, path: Path, client: str, names: Sequence[str]) -> DeviceReport:
         """Check a file from the first byte to the last; returns its report."""
         try:
             with safe_open(path, framework="pt") as body:
-                self._check(body, client, names)
+                self._check_names(body, names)
                 report = DeviceReport.model_validate_json((body.metadata() or {}).get("report", ""))
+                self._check(body, client, names, report.forgotten)
         except SafetensorError as error:
             raise RefusedError(
                 f"the body is not a safetensors file: {error}", status=422, reason="malformed"
@@ -307,7 +335,7 @@ class Journal:
         _check_report(report)
         return report
 
-    def _check(self, body: safe_open, client: str, names: Sequence[str]) -> None:
+    def _check_names(self, body: safe_open, names: Sequence[str]) -> None:
         got = set(body.keys())
         wanted = {part for name in names for part in self._uplink.parts(name)}
         if got != wanted:
@@ -317,10 +345,13 @@ class Journal:
                 status=422,
                 reason="wrong-tensors",
             )
+
+    def _check(self, body: safe_open, client: str, names: Sequence[str], forgotten: Sequence[str]) -> None:
         round = self._late.get(client, self._round)
+        held = self._estimates.of(client, self._states.get(client, ""), forgotten)
         for name in names:
             try:
-                self._uplink.check(name, body.get_tensor, sender=client, round=round)
+                self._uplink.check(name, body.get_tensor, sender=client, round=round, estimates=held)
             except PayloadError as error:
                 raise RefusedError(str(error), status=422, reason=error.reason) from error
 

@@ -72,7 +72,7 @@ class RemoteClients:
         """
         board, journal = self._board, self._journal
         before = (board.bytes_up, board.bytes_down, board.faults, board.recoveries)
-        journal.open(opening.round, opening.late)
+        journal.open(opening.round, opening.late, states=opening.states)
         for client, begun in opening.late.items():
             if not journal.keeps(begun):
                 raise ResumeError(
@@ -84,8 +84,10 @@ class RemoteClients:
         self._late = closed.late
         someone_goes_on = opening.round in closed.late.values()
         journal.seal(self._model.handed_out if someone_goes_on else None)
+        updates = [self._update(client, num_devices) for client, num_devices in closed.counted.items()]
+        journal.remember(updates)
         return Trained(
-            updates=[self._update(client, num_devices) for client, num_devices in closed.counted.items()],
+            updates=updates,
             late=closed.late,
             sat_out=closed.sat_out,
             bytes_up=board.bytes_up - before[0],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedmp.client import StateStore
 from fedmp.coordinator import (
     CheckpointStore,
     Clients,
@@ -142,7 +143,11 @@ def make_journal(session: Session) -> Journal:
     """The coordinator's journal, which knows how the job's updates and global stages travel."""
     specs, job = session.prepared.graph.state, session.prepared.job
     return Journal(
-        session.journal_folder, specs, uplink=job.uplink_channel(specs), downlink=job.downlink_channel(specs)
+        session.journal_folder,
+        specs,
+        uplink=job.uplink_channel(specs),
+        downlink=job.downlink_channel(specs),
+        estimates=StateStore(session.journal_folder / "held"),
     )
 
 

@@ -57,9 +57,10 @@ class SimulatedWire:
             base: names what the client kept, from which it started.
         """
         wire, round = Wire(update.client, self.uplink, self.downlink), update.round
-        state = self._states.load(update.client, base, wanted=Wire.concerns) if wire.keeps_state else {}
-        payload, state = wire.pack(update, state, round=round)
+        kept = self._states.load(update.client, base, wanted=Wire.concerns) if wire.keeps_state else {}
+        payload, state = wire.pack(update, kept, round=round)
         self._states.save(update.client, state_key(round), "sent", state, base=base)
         if not self.uplink.is_plain:
-            update = replace(update, tensors=Decoded(payload, self.uplink, update.client, round))
+            held = wire.estimates(kept)
+            update = replace(update, tensors=Decoded(payload, self.uplink, update.client, round, held))
         return update, payload

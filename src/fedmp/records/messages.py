@@ -167,6 +167,7 @@ class DeviceReport(_Message):
         train_s: seconds of local training.
         timeline: timed actions of one step, where asked for.
         generation: of the pipeline that made it; updates of one client from several do not fit together.
+        forgotten: tensors of which the client lost what the coordinator holds, so that they count from zero again.
     """
 
     num_examples: int = Field(ge=0)
@@ -183,6 +184,7 @@ class DeviceReport(_Message):
     train_s: float = 0.0
     timeline: tuple[TimedActionRow, ...] = ()
     generation: str = Field(default="", max_length=48, pattern=r"^[0-9A-Za-z-]*$")
+    forgotten: tuple[str, ...] = ()
 
 
 class ProgressReport(_Message):

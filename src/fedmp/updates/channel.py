@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -18,11 +18,20 @@ from fedmp.seeds import derive_seed
 from fedmp.updates.chain import Chain
 from fedmp.updates.transform import Part, PayloadError
 
-__all__ = ["Channel", "Decoded", "State", "is_finite"]
+__all__ = ["Channel", "Decoded", "Estimates", "State", "is_finite", "no_estimates"]
 
 State = Mapping[str, torch.Tensor]
 
+# what a receiver held of a tensor before; None for nothing, which counts as zeros
+Estimates: TypeAlias = Callable[[str], torch.Tensor | None]
+
 _PIECE = 1 << 16
+_ESTIMATE = "estimate/"
+
+
+def no_estimates(name: str) -> torch.Tensor | None:
+    """Of a receiver that holds none."""
+    return None
 
 
 class Channel:
@@ -113,8 +122,25 @@ class Channel:
             kept |= {f"{slot}/{name}": value for slot, value in encoded.state.items()}
         return payload, kept
 
+    def estimated(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the tensors of which both sides hold an estimate."""
+        if not self.chain.keeps_estimate:
+            return ()
+        return tuple(name for name in names if name in self._specs and not self._is_plain(name))
+
+    @staticmethod
+    def estimates_in(state: State) -> Estimates:
+        """The sender's own estimates, which are the receiver's, in a state that `encode` returned."""
+        return lambda name: state.get(_ESTIMATE + name)
+
     def decode(
-        self, name: str, read: Callable[[str], torch.Tensor], *, sender: str, round: int
+        self,
+        name: str,
+        read: Callable[[str], torch.Tensor],
+        *,
+        sender: str,
+        round: int,
+        estimates: Estimates = no_estimates,
     ) -> torch.Tensor:
         """One of the model's tensors from a payload.
 
@@ -122,6 +148,7 @@ class Channel:
             name: of the tensor.
             read: gives a tensor of the payload.
             sender, round: as it was encoded with.
+            estimates: what was held of each before, where the chain keeps that.
 
         Raises:
             PayloadError: the payload makes no sense.
@@ -134,7 +161,8 @@ class Channel:
         if layout == {"": part}:
             return read(name)
         parts = {suffix: read(_payload_name(name, suffix)) for suffix in layout}
-        return self.chain.decode(parts, part, seed=self._seed_of(name, sender, round))
+        estimate = estimates(name) if self.chain.keeps_estimate else None
+        return self.chain.decode(parts, part, seed=self._seed_of(name, sender, round), estimate=estimate)
 
     def decode_all(
         self, payload: Mapping[str, torch.Tensor], names: Iterable[str], *, sender: str, round: int
@@ -143,7 +171,13 @@ class Channel:
         return {name: self.decode(name, payload.__getitem__, sender=sender, round=round) for name in names}
 
     def check(
-        self, name: str, read: Callable[[str], torch.Tensor], *, sender: str, round: int
+        self,
+        name: str,
+        read: Callable[[str], torch.Tensor],
+        *,
+        sender: str,
+        round: int,
+        estimates: Estimates = no_estimates,
     ) -> torch.Tensor:
         """One of the model's tensors from a payload that anyone may have written.
 
@@ -157,7 +191,7 @@ class Channel:
             if tensor.dtype.is_floating_point and not is_finite(tensor):
                 raise PayloadError(f"{part_name} holds NaN or infinity", "not-finite")
         try:
-            return self.decode(name, read, sender=sender, round=round)
+            return self.decode(name, read, sender=sender, round=round, estimates=estimates)
         except PayloadError as error:
             raise PayloadError(f"{name}: {error}", error.reason) from error
 
@@ -173,6 +207,11 @@ class Channel:
         if self.chain.clip is None:
             return 1.0
         return self.chain.clip.factor(math.sqrt(self.square_sum(tensors)) if norm is None else norm)
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether one of the model's tensors travels as it is."""
+        spec = self._specs[name]
+        return self.parts(name) == {name: Part(spec.shape, spec.dtype)}
 
     def _is_transformed(self, name: str) -> bool:
         spec = self._specs.get(name)
@@ -194,16 +233,23 @@ class Decoded(Mapping[str, torch.Tensor]):
         payload: by the names in it; may read each tensor from disk when asked.
         channel: that it came through.
         sender, round: as it was encoded with.
+        estimates: what was held of each before, where the channel's chain keeps that.
     """
 
     def __init__(
-        self, payload: Mapping[str, torch.Tensor], channel: Channel, sender: str, round: int
+        self,
+        payload: Mapping[str, torch.Tensor],
+        channel: Channel,
+        sender: str,
+        round: int,
+        estimates: Estimates = no_estimates,
     ) -> None:
         self._payload = payload
         self._names = dict.fromkeys(map(channel.name_of, payload))
         self._channel = channel
         self._sender = sender
         self._round = round
+        self._estimates = estimates
 
     @property
     def gives_views(self) -> bool:
@@ -214,7 +260,13 @@ class Decoded(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._channel.decode(name, self._payload.__getitem__, sender=self._sender, round=self._round)
+        return self._channel.decode(
+            name,
+            self._payload.__getitem__,
+            sender=self._sender,
+            round=self._round,
+            estimates=self._estimates,
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -231,6 +283,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def _check_for_downlink(transforms: Sequence[Any], chain: Chain) -> None:
     if chain.clip is not None:
         raise ConfigError("downlink: Clip is for updates; global weights are not to be scaled")
+    if chain.keeps_estimate:
+        raise ConfigError("downlink: EF21 is for updates of clients that the coordinator knows")
     for transform in transforms:
         if getattr(transform, "error_feedback", False):
             raise ConfigError(

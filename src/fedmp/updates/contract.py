@@ -29,7 +29,8 @@ def check_transform(transform: UpdateTransform, *, is_unbiased: bool = False) ->
     and gives the same for the same seed and state. `decode` gives back shape and dtype, zeros for zeros, and
     of parts that a peer made up either some tensor or `PayloadError`. With error feedback, what one round loses
     is no more than was to be sent, what all rounds have lost stays bounded, and is exactly what the
-    coordinator lacks. If it is unbiased, the mean over many seeds comes near the tensor.
+    coordinator lacks. Behind `EF21`, both sides hold the same estimate, and of a tensor that stays the same it comes
+    nearer with each round. If it is unbiased, the mean over many seeds comes near the tensor.
 
     Args:
         transform: any object with the methods of `UpdateTransform`; a `Chain` is one.
@@ -127,6 +128,9 @@ def _check_rounds(transform: UpdateTransform, spec: Part) -> None:
         got += chain.decode(encoded.parts, spec, seed=round)
         state = encoded.state
         largest = max(largest, _norm(tensor))
+    if chain.keeps_estimate:
+        _check_estimates(chain, spec)
+        return
     if not chain.keeps_residual:
         assert "residual" not in state, f"{case}: keeps a residual that nobody asked for"
         return
@@ -137,6 +141,24 @@ def _check_rounds(transform: UpdateTransform, spec: Part) -> None:
     assert _norm(residual) <= _norm(wanted), (
         f"{case}: what was lost, {_norm(residual):g}, grows without bound"
     )
+
+
+def _check_estimates(chain: Chain, spec: Part) -> None:
+    """Send a tensor again and again: both sides hold the same, and it comes nearer."""
+    case = f"{chain!r} over {_ROUNDS} rounds"
+    tensor, state = _tensor(spec, 7), dict[str, torch.Tensor]()
+    held: torch.Tensor | None = None
+    gaps = [_norm(tensor)]
+    for round in range(_ROUNDS):
+        encoded = chain.encode(tensor, state=state, seed=round)
+        held = chain.decode(encoded.parts, spec, seed=round, estimate=held)
+        state = dict(encoded.state)
+        assert torch.equal(state["estimate"], held), f"{case}: the two sides hold different estimates"
+        gaps.append(_norm(tensor - held))
+        assert gaps[-1] <= gaps[-2] * (1 + 1e-5), (
+            f"{case}: the estimate is {gaps[-1]:g} off, after {gaps[-2]:g} the round before"
+        )
+    assert gaps[-1] < 0.9 * gaps[1], f"{case}: the estimate comes no nearer than the first, {gaps[1]:g}"
 
 
 def _check_mean(transform: UpdateTransform, spec: Part) -> None:

@@ -1,10 +1,8 @@
 """The largest numbers of an update and where they are; the rest waits for a later round.
 
 Sparsified SGD with memory (Stich et al., 2018, algorithm 1; Aji and Heafield, 2017). The memory is the chain's
-error feedback. Where we differ: k is a share of each tensor, not of the model, so that what is sent does not
-depend on how the model is cut. EF21 (Richtarik et al., 2021) sends differences to what the coordinator holds
-of the client instead of keeping a residual; the coordinator would hold an update of every client for it,
-so it is not offered: see docs/decisions/0010.
+error feedback, or `EF21` before it. Where we differ: k is a share of each tensor, not of the model, so that what is
+sent does not depend on how the model is cut.
 """
 
 from __future__ import annotations
