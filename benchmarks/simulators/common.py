@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -41,22 +42,11 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-def make_model(name: str) -> nn.Module:
-    """The workload's model, from the same seed for all."""
-    torch.manual_seed(0)
-    return {
-        "W1": CNN,
-        "W2": lambda: MLP(64, 128, 10),
-        "W3": lambda: MLP(784, 10),
-        "W4": lambda: MLP(784, 200, 200, 10),
-    }[name]()
-
-
 class Work:
     """A workload from its file: arrays, each client's rows, and what to do.
 
     Args:
-        path: an npz that `simulation.py` wrote.
+        path: an npz that `workloads.write` wrote.
     """
 
     def __init__(self, path: str) -> None:
@@ -68,34 +58,60 @@ class Work:
         for name, value in json.loads(str(held["settings"])).items():
             setattr(self, name, value)
 
+    def make_model(self) -> nn.Module:
+        """The workload's model, from the same seed for all."""
+        torch.manual_seed(0)
+        return MLP(*self.widths) if self.widths else CNN()
+
     def accuracy(self, model: nn.Module) -> float:
         """On the test set."""
         with torch.no_grad():
             return float((model(self.x_test).argmax(1) == self.y_test).float().mean())
 
 
+@functools.cache
+def shared_work(path: str) -> Work:
+    """A workload, read once in each process that clients visit, rather than sent with every client."""
+    return Work(path)
+
+
 class Report:
-    """Times of a run; the parent reads the JSON line that `finish` prints."""
+    """Times of a run, told line by line, so that a run that is ended has told what it did.
 
-    def __init__(self) -> None:
-        self.born_s = float(sys.argv[2])
-        self.marks = [time.time()]
+    Args:
+        target: accuracy at which the run is over; None for one that has none.
+    """
 
-    def round(self) -> None:
-        """A round has ended."""
-        self.marks.append(time.time())
+    def __init__(self, target: float | None) -> None:
+        self._born_s, self._target = float(sys.argv[2]), target
+        self._began_s = self._marked_s = time.time()
+        self._reached: dict[str, float] = {}
+        self._rounds = 0
 
     def begin(self) -> None:
         """The first round begins."""
-        self.marks = [time.time()]
+        self._began_s = self._marked_s = time.time()
+        print(f"BEGIN {self._began_s - self._born_s}", flush=True)
 
-    def finish(self, accuracy: float, **more: float) -> None:
-        """Print what was measured."""
-        seconds = [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
-        print(
-            "RESULT "
-            + json.dumps(
-                {"rounds_s": seconds, "startup_s": self.marks[0] - self.born_s, "accuracy": accuracy, **more}
-            ),
-            flush=True,
-        )
+    def round(self, accuracy: float | None = None) -> bool:
+        """A round has ended; returns whether the target is reached.
+
+        Args:
+            accuracy: of the model now; None where there is no target.
+        """
+        now_s = time.time()
+        print(f"ROUND {now_s - self._marked_s}", flush=True)
+        self._marked_s = now_s
+        self._rounds += 1
+        if (
+            self._target is not None
+            and accuracy is not None
+            and accuracy >= self._target
+            and not self._reached
+        ):
+            self._reached = {"target_round": self._rounds, "target_s": now_s - self._began_s}
+        return bool(self._reached)
+
+    def finish(self, accuracy: float) -> None:
+        """All is done."""
+        print("RESULT " + json.dumps({"accuracy": accuracy, **self._reached}), flush=True)

@@ -8,17 +8,17 @@ import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it
 
-from common import Report, Work, make_model
+from functools import partial
 
-report, work = Report(), Work(sys.argv[1])
-from functools import partial  # noqa: E402
+import torch
+from common import Report, Work
 
-import torch  # noqa: E402
+from fedmp import Job, Topology
+from fedmp.records import Note, RoundFinished, RoundStarted
+from fedmp.strategy import FedAvg
 
-from fedmp import Job, Topology  # noqa: E402
-from fedmp.engine.simulate import SimulateEngine  # noqa: E402
-from fedmp.records import Note, RoundFinished, RoundStarted  # noqa: E402
-from fedmp.strategy import FedAvg  # noqa: E402
+work = Work(sys.argv[1])
+report = Report(work.target)
 
 
 class Rows:
@@ -28,23 +28,17 @@ class Rows:
         return work.rows
 
 
-reached, started = [], []
-
-
 def observe(event):
-    if isinstance(event, RoundStarted) and not started:
-        started.append(True)
+    if isinstance(event, RoundStarted) and event.round == 1:
         report.begin()
     elif isinstance(event, RoundFinished):
-        report.round()
-        if work.target and not reached and event.record.test_accuracy >= work.target:
-            reached.append((event.record.round, report.marks[-1] - report.marks[0]))
+        report.round(event.record.test_accuracy)
     elif isinstance(event, Note):
         print(event.message, flush=True)
 
 
 job = Job(
-    model=make_model(work.name),
+    model=work.make_model(),
     topology=Topology(clients={"count": len(work.rows), "devices": 1}),
     data=(work.x, work.y, work.x_test, work.y_test),
     split=Rows(),
@@ -53,8 +47,6 @@ job = Job(
     rounds=work.rounds,
     batch_size=work.batch_size,
 )
-engine = SimulateEngine(workers=int(sys.argv[3]) or None)
 with tempfile.TemporaryDirectory() as folder:
-    result = job.run(engine, run_dir=f"{folder}/run", observe=observe)
-more = {"target_round": reached[0][0], "target_s": reached[0][1]} if reached else {}
-report.finish(result.summary.final_accuracy or 0.0, **more)
+    result = job.run("simulate", run_dir=f"{folder}/run", observe=observe)
+report.finish(result.summary.final_accuracy or 0.0)

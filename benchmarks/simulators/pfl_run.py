@@ -6,11 +6,13 @@ import os
 import sys
 
 import torch
-from common import Report, Work, make_model
+from common import Report, Work
 
 torch.set_num_threads(1)
-report, work = Report(), Work(sys.argv[1])
+work = Work(sys.argv[1])
+report = Report(work.target)
 from pfl.aggregate.simulate import SimulatedBackend  # noqa: E402
+from pfl.aggregate.weighting import WeightByDatapoints  # noqa: E402
 from pfl.algorithm.base import NNAlgorithmParams  # noqa: E402
 from pfl.algorithm.federated_averaging import FederatedAveraging  # noqa: E402
 from pfl.callback.base import TrainingProcessCallback  # noqa: E402
@@ -22,7 +24,7 @@ from pfl.metrics import Weighted  # noqa: E402
 from pfl.model.pytorch import PyTorchModel  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-model = make_model(work.name)
+model = work.make_model()
 
 
 def loss(inputs, targets, is_eval=False):
@@ -44,10 +46,11 @@ class Mark(TrainingProcessCallback):
         return super().on_train_begin(model=model)
 
     def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
-        report.round()
-        return False, super().after_central_iteration(
+        accuracy = work.accuracy(model.pytorch_model) if work.target else None
+        _, metrics = super().after_central_iteration(
             aggregate_metrics, model, central_iteration=central_iteration
-        )[1]
+        )
+        return report.round(accuracy), metrics
 
 
 ids = list(range(len(work.rows)))
@@ -63,7 +66,7 @@ FederatedAveraging().run(
         train_cohort_size=work.cohort,
         val_cohort_size=0,
     ),
-    backend=SimulatedBackend(training_data=data, val_data=data),
+    backend=SimulatedBackend(training_data=data, val_data=data, postprocessors=[WeightByDatapoints()]),
     model=wrapped,
     model_train_params=NNTrainHyperParams(
         local_num_epochs=1, local_learning_rate=work.lr, local_batch_size=work.batch_size
