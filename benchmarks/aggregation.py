@@ -1,13 +1,15 @@
 """Aggregating a round: the journal's files to one update, against Flower and against this machine's memory.
 
     python benchmarks/aggregation.py [--clients 50] [--parameters 10000000] [--repeats 5] [--only NAME ...]
+    FLOWER_ENV=venv python benchmarks/aggregation.py --only --blocks 128 512 1024 2048      # the means alone
 
 So many updates lie in a journal as safetensors files. Every contestant runs in a process of its own, several times,
 in turns, and its best and median rates are shown: bytes of updates over seconds. Flower runs in a virtual environment
 that the script makes beside the files (FLOWER_ENV names another) and starts from what Flower has at that point of a
 round: messages in memory; fedmp starts from the files. Beside them stand this machine's rates of reading memory (a sum)
 and of copying it, which no aggregation can beat by much. Peak memory is that of the process above what it held before
-(anonymous memory; mapped files belong to the page cache).
+(anonymous memory; mapped files belong to the page cache). `--blocks` adds the mean with blocks of other sizes than
+fedmp's own, in KiB of float32. A contestant that takes longer than `--limit-s` is stopped, and left out of the table.
 """
 
 from __future__ import annotations
@@ -47,8 +49,12 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--only", nargs="*", default=[], help="contestants to leave the others out, such as MultiKrum"
+        "--only", nargs="*", help="contestants beside the means, such as MultiKrum; nothing leaves all out"
     )
+    parser.add_argument(
+        "--blocks", type=int, nargs="*", default=[], help="KiB of float32 that are summed at a time"
+    )
+    parser.add_argument("--limit-s", type=float, default=90.0, help="for one run of one contestant")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -87,14 +93,22 @@ def contest(options: argparse.Namespace, folder: Path, flower: str) -> dict[str,
     """Everyone in turn, so that a busy machine is busy for all."""
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
+    fast = (*FAST, *(f"{OURS[0]}, {size} KiB" for size in options.blocks))
+    others = [name for name in (*OURS, *FLOWER) if name not in fast]
+    if options.only is not None:
+        others = [name for name in others if name in options.only]
     for turn in range(options.repeats):
-        for name in (*MEMORY, *OURS, *FLOWER):
-            if (name not in FAST and turn >= 1) or (options.only and name not in (*FAST, *options.only)):
-                continue  # of the slow ones, one run is long enough
+        for name in (*fast, *(others if turn == 0 else ())):  # of the slow ones, one run is long enough
             python = f"{flower}/bin/python" if name in FLOWER else sys.executable
             command = [python, __file__, "--contestant", name, "--folder", str(folder)]
             command += ["--clients", str(options.clients)]
-            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            try:
+                run = subprocess.run(
+                    command, check=True, capture_output=True, text=True, timeout=options.limit_s
+                )
+            except subprocess.TimeoutExpired:
+                print(f"{name}: stopped after {options.limit_s:g} s", flush=True)
+                continue
             found = json.loads(run.stdout.splitlines()[-1])
             seconds.setdefault(name, []).append(found["seconds"])
             print(f"{name}: {found['seconds']:.3f} s", flush=True)
@@ -112,7 +126,7 @@ def contest(options: argparse.Namespace, folder: Path, flower: str) -> dict[str,
 
 def measure(name: str, folder: Path, num_clients: int) -> dict[str, float]:
     run = prepare(name, folder, num_clients)
-    if name in FAST:
+    if name in FAST or "KiB" in name:
         run()  # the pages of the files, and whatever is made at first use
     with Peak() as peak:  # the files' pages are in the page cache, mapped or not
         started_s = time.perf_counter()
@@ -127,7 +141,12 @@ def prepare(name: str, folder: Path, num_clients: int) -> Callable[[], object]:
     import torch
 
     import fedmp.aggregate
+    from fedmp.aggregate import blocks
     from fedmp.coordinator import Journal
+
+    name, _, size = name.partition(", ")
+    if size:
+        blocks._SUM_BLOCK = int(size.removesuffix(" KiB")) * 256
 
     journal = Journal(folder, {})
     journal.open(1)
@@ -201,10 +220,10 @@ def show(rates: dict[str, dict[str, float]], options: argparse.Namespace) -> Non
     print(
         f"{options.clients} updates of {options.parameters:,} float32, load {os.getloadavg()[0]:.1f} at the end"
     )
-    print(f"{'':20}{'best GB/s':>12}{'median GB/s':>12}{'peak, in stages':>18}")
+    print(f"{'':24}{'best GB/s':>12}{'median GB/s':>12}{'peak, in stages':>18}")
     for name, row in rates.items():
         print(
-            f"{name:20}{row['best_gb_per_s']:12.2f}{row['median_gb_per_s']:12.2f}{row['peak_stages']:18.2f}"
+            f"{name:24}{row['best_gb_per_s']:12.2f}{row['median_gb_per_s']:12.2f}{row['peak_stages']:18.2f}"
         )
     for ours, theirs in (("WeightedMean", FLOWER[0]), ("CoordinateMedian", FLOWER[1])):
         if ours not in rates or theirs not in rates:

@@ -17,10 +17,9 @@ __all__ = ["combine_sorted", "gives_views", "non_finite", "read", "weighted_sum"
 
 Updates = Sequence[Mapping[str, torch.Tensor]]
 
-# torch keeps operations on so few elements on the calling thread (at::internal::GRAIN_SIZE), and our own threads
-# share out the blocks. torch's threads on larger blocks are up to half as fast again on an idle machine, but wait for
-# each other after every client's block, which on a busy machine takes many times longer than the work
-_SUM_BLOCK = 1 << 15
+# 1 MiB of float32: with blocks of 128 KiB a call for each client's takes about as long as its sum, and the calls wait
+# for the interpreter's lock; benchmarks/aggregation.py --blocks compares
+_SUM_BLOCK = 1 << 18
 _SORT_BLOCK_BYTES = 1 << 20
 _MAX_THREADS = 4
 # below this a thread costs more than it saves
