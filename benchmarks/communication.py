@@ -163,7 +163,7 @@ def main() -> None:
             if method.name in results.get(data, {}) and not options.again:
                 continue
             started_s = time.monotonic()
-            rows = _run(SETTINGS[data], method, seed=options.seed, until=_target(results.get(data, {})))
+            rows = run(SETTINGS[data], method, seed=options.seed, until=target_of(results.get(data, {})))
             seconds = time.monotonic() - started_s
             results.setdefault(data, {})[method.name] = {"rows": rows, "wall_s": seconds}
             path.write_text(json.dumps(results) + "\n")
@@ -173,7 +173,7 @@ def main() -> None:
     _draw(results, path.with_suffix(".png"))
 
 
-def _run(setting: Setting, method: Method, *, seed: int, until: float) -> list[dict[str, float]]:
+def run(setting: Setting, method: Method, *, seed: int, until: float) -> list[dict[str, float]]:
     """Accuracy and bytes so far after each round."""
     job = Job(
         model=setting.model,
@@ -245,8 +245,8 @@ def _show(setting: Setting, by_method: dict[str, Any]) -> None:
     if "plain" not in by_method:
         return
     plain = by_method["plain"]["rows"]
-    target = _target(by_method)
-    reference = _reached(plain, target)
+    target = target_of(by_method)
+    reference = reached(plain, target)
     assert reference is not None
     print(f"\n{setting.title}; target {100 * target:.2f} %")
     print(
@@ -254,27 +254,29 @@ def _show(setting: Setting, by_method: dict[str, Any]) -> None:
         f"{'fewer up':>10}{'than data parallel':>20}"
     )
     synchronous = by_method.get("data parallel", {"rows": []})["rows"]
-    gradients = _reached(synchronous, target)
+    gradients = reached(synchronous, target)
     for name, entry in by_method.items():
         rows = entry["rows"]
-        reached = _reached(rows, target)
-        if reached is None:
+        first = reached(rows, target)
+        if first is None:
             print(f"{name:<42}{100 * rows[-1]['accuracy']:>9.2f}{'never':>8}")
             continue
-        row = rows[reached]
+        row = rows[first]
         fewer = plain[reference]["bytes_up"] / row["bytes_up"]
         than = f"{synchronous[gradients]['bytes_up'] / row['bytes_up']:.0f}" if gradients is not None else ""
         print(
-            f"{name:<42}{100 * rows[-1]['accuracy']:>9.2f}{reached + 1:>8}{row['bytes_up'] / 1e6:>10.2f}"
+            f"{name:<42}{100 * rows[-1]['accuracy']:>9.2f}{first + 1:>8}{row['bytes_up'] / 1e6:>10.2f}"
             f"{row['bytes_down'] / 1e6:>10.2f}{fewer:>10.1f}{than:>20}"
         )
 
 
-def _target(by_method: dict[str, Any]) -> float:
+def target_of(by_method: dict[str, Any]) -> float:
+    """The accuracy that plain averaging ends with, less half a point; beyond reach if it has not run."""
     return float(by_method["plain"]["rows"][-1]["accuracy"]) - _SLACK if "plain" in by_method else 1.0
 
 
-def _reached(rows: list[dict[str, float]], target: float) -> int | None:
+def reached(rows: list[dict[str, float]], target: float) -> int | None:
+    """The first round that reaches the target."""
     return next((index for index, row in enumerate(rows) if row["accuracy"] >= target), None)
 
 
@@ -299,7 +301,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
                 label=method.name,
             )
         if "plain" in by_method:
-            target = 100 * _target(by_method)
+            target = 100 * target_of(by_method)
             panel.axhline(target, color="0.6", linewidth=0.8)
             panel.annotate("target", (1, target), xycoords=("axes fraction", "data"), ha="right", va="top")
         panel.set_xscale("log")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import pytest
 from benchmarks.convergence_mnist import SETTINGS, run
 
@@ -38,6 +40,13 @@ def test_two_shards_a_client_need_many_more_rounds() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_logistic_regression_on_1000_unequal_clients_is_as_published() -> None:
-    """81.9 % are published at 200 rounds; single rounds swing by some points, so the best of the last 20 counts."""
-    curve = run(SETTINGS["lr-power-law"])
-    assert max(curve[-20:]) >= 0.80
+    """81.9 % are published at 200 rounds; single rounds swing by a point, so the mean of the last 20 counts."""
+    curve = run(SETTINGS["lr-fedml"])
+    assert abs(fmean(curve[-20:]) - 0.819) < 0.015
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_logistic_regression_without_the_published_sigmoid_is_better() -> None:
+    """A softmax of numbers between 0 and 1 cannot be sure of anything, so the published model learns slowly."""
+    assert max(run(SETTINGS["lr-own-test"])[-20:]) > max(run(SETTINGS["lr-fedml"])[-20:]) + 0.03
