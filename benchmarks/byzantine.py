@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -152,15 +153,24 @@ def main() -> None:
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Markdown: a row an aggregator, a column an attack; bold where it holds."""
+    """Markdown: a row an aggregator, a column an attack; bold where it holds, empty where it has not run."""
     attacks = [attack for attack in ATTACKS if attack in found]
     clean = found.get("none", {}).get("mean", 0.0)
     lines = ["| | " + " | ".join(attacks) + " |", "|---" * (len(attacks) + 1) + "|"]
-    for name in found[attacks[0]]:
-        cells = (found[attack][name] for attack in attacks)
-        shown = (f"**{cell:.1%}**" if cell >= clean - MARGIN else f"{cell:.1%}" for cell in cells)
-        lines.append(f"| `{name}` | " + " | ".join(shown) + " |")
+    for name in _names(found):
+        cells = (found[attack].get(name) for attack in attacks)
+        lines.append(f"| `{name}` | " + " | ".join(_cell(value, clean) for value in cells) + " |")
     return "\n".join(lines)
+
+
+def _names(found: dict[str, dict[str, float]]) -> list[str]:
+    return [name for name in AGGREGATORS if any(name in by_name for by_name in found.values())]
+
+
+def _cell(value: float | None, clean: float) -> str:
+    if value is None:
+        return ""
+    return f"**{value:.1%}**" if value >= clean - MARGIN else f"{value:.1%}"
 
 
 def draw(found: dict[str, dict[str, float]], path: Path, title: str) -> None:
@@ -168,15 +178,22 @@ def draw(found: dict[str, dict[str, float]], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    attacks, names = [attack for attack in ATTACKS if attack in found], list(found[next(iter(found))])
+    attacks, names = [attack for attack in ATTACKS if attack in found], _names(found)
     figure = Figure(figsize=(1.4 + 1.2 * len(attacks), 0.8 + 0.42 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    values = [[found[attack][name] for attack in attacks] for name in names]
-    axes.imshow(values, vmin=0.1, vmax=max(map(max, values)), cmap="viridis", aspect="auto")
-    for row, name in enumerate(names):
-        for column, attack in enumerate(attacks):
-            value = found[attack][name]
+    values = [[found[attack].get(name, math.nan) for attack in attacks] for name in names]
+    axes.imshow(
+        values,
+        vmin=0.1,
+        vmax=max(value for by_name in found.values() for value in by_name.values()),
+        cmap="viridis",
+        aspect="auto",
+    )
+    for row, own in enumerate(values):
+        for column, value in enumerate(own):
+            if math.isnan(value):
+                continue
             shade = "white" if value < 0.6 else "black"
             axes.text(column, row, f"{value:.1%}", ha="center", va="center", color=shade, fontsize=9)
     axes.set_xticks(range(len(attacks)), [attack.replace("_", " ") for attack in attacks], fontsize=9)

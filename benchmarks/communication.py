@@ -37,7 +37,7 @@ from fedmp.learning_rate import Cosine
 from fedmp.models import GPT, MLP
 from fedmp.records import RoundFinished
 from fedmp.strategy import DiLoCo, FedAdam, FedAvg, FedAvgM
-from fedmp.updates import BFloat16, Int4, Int8, LowRank, RandomK, Sign, TopK, Zstd
+from fedmp.updates import EF21, BFloat16, Int4, Int8, LowRank, RandomK, Sign, TopK, Zstd
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -139,6 +139,8 @@ METHODS = (
     Method("lowrank 8, int4, zstd", (LowRank(rank=8), Int4(block=64), Zstd())),
     Method("lowrank 16, int4, zstd", _BEST),
     Method("the same; int8, zstd down", _BEST, (Int8(), Zstd())),
+    Method("ef21, topk 5 %, int4, zstd", (EF21(), TopK(fraction=0.05), Int4(block=64), Zstd())),
+    Method("ef21, lowrank 8, int4, zstd", (EF21(), LowRank(rank=8), Int4(block=64), Zstd())),
     Method("DiLoCo, 2 passes a round", diloco_epochs=2),
     Method("DiLoCo, 4 passes a round", diloco_epochs=4),
     Method("DiLoCo, 2 passes; lowrank 16, int4, zstd", _BEST, diloco_epochs=2),
