@@ -108,7 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "adamw": {"optimizer": partial(torch.optim.AdamW, lr=1e-3)},
     "clipping": {"max_gradient_norm": 0.5},
-    "accumulated batches": {"accumulate_batches": 2},
+    "accumulated batches": {"accumulate_batches": 2, "strategy": FedAvg(local_epochs=1.5, fraction=0.7)},
     "steps": {"strategy": FedAvg(local_steps=5)},
     "schedule": {"learning_rate": Cosine()},
     "server optimizer": {"server_optimizer": partial(torch.optim.SGD, lr=0.5, momentum=0.9)},
@@ -264,7 +264,15 @@ def test_a_large_population_is_neither_traced_nor_planned(
 
 
 def test_updates_are_summed_chunk_by_chunk_where_only_their_mean_is_wanted() -> None:
-    from fedmp.cohort import ChunkWork, Cohort, CohortTraining, Objective, flat_layout, flat_optimizer
+    from fedmp.cohort import (
+        ChunkWork,
+        Cohort,
+        CohortTraining,
+        Objective,
+        RoundStart,
+        flat_layout,
+        flat_optimizer,
+    )
     from fedmp.data import Dataset
     from fedmp.learning_rate import Constant
     from fedmp.tasks import CrossEntropy
@@ -279,8 +287,8 @@ def test_updates_are_summed_chunk_by_chunk_where_only_their_mean_is_wanted() -> 
     rows = list(torch.arange(60).split(10))
     cohort = Cohort([f"c{i}" for i in range(6)], rows, [2] * 6, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    summed = training.train(cohort, start, {}, round=1, keep=False)
-    kept = training.train(cohort, start, {}, round=1, keep=True)
+    summed = training.train(cohort, RoundStart(start, {}), round=1, keep=False)
+    kept = training.train(cohort, RoundStart(start, {}), round=1, keep=True)
     training.close()
     assert summed.parameters.numel() == 0
     expected = torch.tensor(cohort.weights) @ kept.parameters

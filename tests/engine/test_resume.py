@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedmp.coordinator import CheckpointStore
+from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError, ResumeError
 from fedmp.models import MLP
 from fedmp.records import Event, RoundFinished
@@ -188,7 +189,7 @@ def _journal_of_all_zeros(folder: Path) -> None:
 
 
 def test_checkpoints_keep_the_two_newest_rounds(tmp_path: Path) -> None:
-    run(tiny_job(rounds=4), tmp_path / "run")
+    run(tiny_job(rounds=4), tmp_path / "run", SimulateEngine(checkpoint_s=0))
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["round-00003", "round-00004"]
     assert CheckpointStore(tmp_path / "run" / "checkpoints").latest().round == 4

@@ -7,12 +7,13 @@ from fedmp.client.device import DeviceSpec, heartbeat, run_device, serve_job
 from fedmp.client.emulation import Emulation
 from fedmp.client.federation import Federation, HttpFederation
 from fedmp.client.local_round import LocalRound, RoundResult
-from fedmp.client.state import StateStore
+from fedmp.client.state import ClientState, StateStore, select, usable
 from fedmp.client.training import LocalTrainer, Training
 from fedmp.client.wire import Wire
 from fedmp.client.work import LocalWork
 
 __all__ = [
+    "ClientState",
     "DeviceSpec",
     "Emulation",
     "Federation",
@@ -26,7 +27,9 @@ __all__ = [
     "Wire",
     "heartbeat",
     "run_device",
+    "select",
     "serve_job",
     "stage_body",
     "update_body",
+    "usable",
 ]

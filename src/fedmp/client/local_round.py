@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fedmp.client.state import ClientState, select, tensor_of
+from fedmp.client.state import ClientState, select, tensor_of, usable
 from fedmp.client.training import LocalTrainer
 from fedmp.client.work import LocalWork
 from fedmp.data import Dataset
 from fedmp.pipeline import BatchResult, DeviceRunner
-from fedmp.records import DeviceReport, round_of_key
+from fedmp.records import DeviceReport
 from fedmp.updates import difference, trained_names
 
 __all__ = ["LocalRound", "RoundResult"]
@@ -77,10 +77,7 @@ class LocalRound:
             key: of the state.
             round: about to begin.
         """
-        is_old = bool(self._scope.fragments) and round_of_key(key) != round - 1
-        if not is_old and all(_OWN + name in state for name in self._scope.kept(self._names)):
-            return state
-        return {name: tensor for name, tensor in state.items() if not name.startswith((_OWN, _BASE))}
+        return usable(state, self._scope, self._names, key=key, round=round)
 
     def needs_whole(self, state: ClientState) -> bool:
         """Whether all tensors of the stages must be pulled, since the state holds no values."""

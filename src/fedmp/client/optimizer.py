@@ -11,13 +11,12 @@ import torch
 from fedmp.client.state import ClientState
 from fedmp.client.work import LocalWork
 from fedmp.learning_rate import RateSum
-from fedmp.strategy import LocalRule, received_name
+from fedmp.strategy import LocalRule, kept_name, received_name
 
 __all__ = ["LocalOptimizer", "NamedParameters"]
 
 NamedParameters: TypeAlias = Sequence[tuple[str, torch.nn.Parameter]]
 
-_KEPT = "kept"
 _MOMENTS, _NUMBERS = "optimizer", "optimizer-number"
 
 
@@ -128,12 +127,12 @@ class _RuleAtWork:
                 kept=self._kept[name],
                 rate_sum=rate_sum,
             )
-            state.update({f"{_KEPT}/{slot}/{name}": tensor for slot, tensor in slots.items()})
+            state.update({kept_name(slot, name): tensor for slot, tensor in slots.items()})
         return state
 
 
 def _kept(state: ClientState, slot: str, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    tensor = state.get(f"{_KEPT}/{slot}/{name}")
+    tensor = state.get(kept_name(slot, name))
     return torch.zeros_like(parameter) if tensor is None else tensor.to(parameter.device)
 
 

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-__all__ = ["ClientState", "StateStore", "select", "tensor_of"]
+from fedmp.records import round_of_key
+from fedmp.strategy import Scope
+
+__all__ = ["ClientState", "StateStore", "select", "tensor_of", "usable"]
 
 ClientState = Mapping[str, torch.Tensor]
 
@@ -42,6 +45,24 @@ def tensor_of(state_name: str) -> str:
     """
     kind, _, rest = state_name.partition("/")
     return rest if kind in ("own", "base") else rest.partition("/")[2]
+
+
+def usable(state: ClientState, scope: Scope, names: Iterable[str], *, key: str, round: int) -> ClientState:
+    """What of a client's state a round can go on with.
+
+    Values of its own that are incomplete, or too old to be mixed with what comes in, are left out.
+
+    Args:
+        state: as the client kept it.
+        scope: what of the model travels.
+        names: of the model's tensors, or of those of some stages.
+        key: of the state.
+        round: about to begin.
+    """
+    is_old = bool(scope.fragments) and round_of_key(key) != round - 1
+    if not is_old and all(f"own/{name}" in state for name in scope.kept(names)):
+        return state
+    return {name: tensor for name, tensor in state.items() if not name.startswith(("own/", "base/"))}
 
 
 class StateStore:

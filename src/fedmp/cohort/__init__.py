@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedmp.cohort import elementwise, layers, losses, shapes
+from fedmp.cohort.carried import Memory
 from fedmp.cohort.chunk import ChunkWork
 from fedmp.cohort.module import FlatLayout, flat_layout, own_statistics
 from fedmp.cohort.objective import Objective
@@ -10,6 +11,7 @@ from fedmp.cohort.optimizers import FlatOptimizer, flat_optimizer
 from fedmp.cohort.probe import Probe, probe
 from fedmp.cohort.registry import CannotStackError, batched_rule
 from fedmp.cohort.stacked import Stacked
+from fedmp.cohort.start import RoundStart
 from fedmp.cohort.training import Cohort, CohortResult, CohortTraining
 
 __all__ = [
@@ -20,8 +22,10 @@ __all__ = [
     "CohortTraining",
     "FlatLayout",
     "FlatOptimizer",
+    "Memory",
     "Objective",
     "Probe",
+    "RoundStart",
     "Stacked",
     "batched_rule",
     "flat_layout",

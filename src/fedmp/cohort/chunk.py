@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from fedmp.cohort.batches import ChunkBatches
+from fedmp.cohort.carried import Carried
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
 from fedmp.cohort.optimizers import FlatOptimizer
+from fedmp.cohort.start import RoundStart
 from fedmp.data import Dataset
 from fedmp.learning_rate import Constant, LearningRate, RateSum
 from fedmp.pipeline import microbatch_sizes
@@ -41,6 +43,8 @@ class ChunkWork:
         pads: whether shorter batches may be filled up; otherwise only clients with equally large batches
             run together.
         rule: corrects the gradient before each step; None does not.
+        keeps_optimizer: the optimizer's state lives on from round to round.
+        own: names of tensors that stay at each client; the rule does not hold for them.
     """
 
     optimizer: FlatOptimizer | None
@@ -53,6 +57,13 @@ class ChunkWork:
     num_microbatches: int
     pads: bool
     rule: LocalRule | None = None
+    keeps_optimizer: bool = False
+    own: frozenset[str] = frozenset()
+
+    @property
+    def is_remembered(self) -> bool:
+        """Whether clients carry anything from round to round."""
+        return bool(self.keeps_optimizer or self.own or (self.rule and self.rule.kept))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,18 +86,22 @@ class ChunkTrainer:
     Args:
         module: the clients' weights.
         work: what to do.
+
+    Attributes:
+        carried: what the clients carry from round to round.
     """
 
     def __init__(self, module: StackedModule, work: ChunkWork) -> None:
         self.module = module
+        self.carried = Carried(module, work)
         self._work = work
 
-    def train(self, batches: ChunkBatches, start: torch.Tensor, *, round: int) -> ChunkResult:
+    def train(self, batches: ChunkBatches, start: RoundStart, *, round: int) -> ChunkResult:
         """Train for one round from the weights in the module, which it moves.
 
         Args:
             batches: of each client.
-            start: [P] those weights.
+            start: of the round.
             round: for the learning rate.
 
         Raises:
@@ -159,7 +174,7 @@ class ChunkTrainer:
         active: int,
         lr: float | torch.Tensor,
         ranges: Sequence[tuple[int, int]],
-        start: torch.Tensor,
+        start: RoundStart,
     ) -> None:
         """One step of the optimizer for the clients that are not done."""
         work, module = self._work, self.module
@@ -174,17 +189,28 @@ class ChunkTrainer:
             scale = (work.max_gradient_norm / (squares.sqrt() + _EPSILON)).clamp(max=1.0)
             for own in gradients:
                 own.mul_(scale)
+        made = self.carried.steps(active, step) if work.keeps_optimizer else step
         for (begin, end), own in zip(spans, gradients, strict=True):
             if work.rule is not None:
-                own = work.rule.correct(
-                    own,
-                    module.parameters[:active, begin:end],
-                    start=start[begin:end],
-                    received={},
-                    kept={},
-                )
+                self._correct(work.rule, begin, end, active, start)
             state = [buffer[:active, begin:end] for buffer in module.state]
-            work.optimizer.step(module.parameters[:active, begin:end], own, state, step, lr)
+            work.optimizer.step(module.parameters[:active, begin:end], own, state, made, lr)
+
+    def _correct(self, rule: LocalRule, begin: int, end: int, active: int, start: RoundStart) -> None:
+        """Let a rule correct a stretch of the gradients, as far as it is the federation's."""
+        for first, stop in self.carried.shared:
+            span = slice(max(first, begin), min(stop, end))
+            if span.start >= span.stop:
+                continue
+            gradient = self.module.gradients[:active, span]
+            corrected = rule.correct(
+                gradient,
+                self.module.parameters[:active, span],
+                start=start.parameters[span],
+                received={slot: tensor[span] for slot, tensor in start.received.items()},
+                kept={slot: rows[:active, span] for slot, rows in self.carried.kept.items()},
+            )
+            gradient.copy_(corrected)
 
     def _rate(self, batches: ChunkBatches, step: int, active: int, round: int) -> float | torch.Tensor:
         """The learning rate of this step: one for all, or [K, 1] where clients are at different points."""

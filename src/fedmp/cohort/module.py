@@ -112,6 +112,7 @@ class StackedModule:
         self._buffer_places = _buffer_places(model, self.buffers)
         self._ranges: dict[tuple[int, int], _Range] = {}
         self._bound: tuple[int, int] | None = None
+        self._is_cleared = False
         self._shared = {name: (buffer, buffer._version) for name, buffer in self._shared_buffers()}
         for module in self.module.modules():
             rule = module_rule_of(module)
@@ -142,6 +143,7 @@ class StackedModule:
 
     def begin_step(self, *, is_cleared: bool) -> None:
         """Forget the gradients; `is_cleared` says that their memory is all zeros already."""
+        self._is_cleared = is_cleared
         for bound in self._ranges.values():
             for slot in bound.slots:
                 slot.is_written = is_cleared
@@ -186,6 +188,7 @@ class StackedModule:
         slots = [Slot(view) for view in self.layout.views(self.gradients[first:stop])]
         for leaf, slot in zip(leaves, slots, strict=True):
             leaf.slot = slot
+            slot.is_written = self._is_cleared  # of this step, which may have begun before
         buffers = {name: stack(buffer[first:stop]) for name, buffer in self.buffers.items()}
         return _Range(leaves, slots, buffers)
 

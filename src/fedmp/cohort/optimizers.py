@@ -37,6 +37,16 @@ class FlatOptimizer(Protocol):
         ...
 
     @property
+    def state_names(self) -> tuple[str, ...]:
+        """Of those, as in the state of a torch optimizer."""
+        ...
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether its steps depend on how many it made before."""
+        ...
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """As a torch optimizer's param group has them."""
         ...
@@ -46,7 +56,7 @@ class FlatOptimizer(Protocol):
         parameters: torch.Tensor,
         gradients: torch.Tensor,
         state: list[torch.Tensor],
-        step: int,
+        step: int | torch.Tensor,
         lr: Rate,
     ) -> None:
         """Move the parameters in place; may overwrite the gradients.
@@ -54,7 +64,7 @@ class FlatOptimizer(Protocol):
         Args:
             parameters, gradients: [K, P].
             state: `num_buffers` tensors like them; their values at step 0 are undefined.
-            step: counted from 0.
+            step: counted from 0 over all rounds that the state has seen, one for all or [K, 1].
             lr: of this step, one for all or [K, 1].
         """
         ...
@@ -74,7 +84,17 @@ class SGD:
     @property
     def num_buffers(self) -> int:
         """The momentum."""
-        return int(self.momentum != 0)
+        return len(self.state_names)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """That of the momentum."""
+        return ("momentum_buffer",) if self.momentum else ()
+
+    @property
+    def counts_steps(self) -> bool:
+        """False."""
+        return False
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -86,7 +106,7 @@ class SGD:
         parameters: torch.Tensor,
         gradients: torch.Tensor,
         state: list[torch.Tensor],
-        step: int,
+        step: int | torch.Tensor,
         lr: Rate,
     ) -> None:
         """One step of all clients."""
@@ -97,7 +117,10 @@ class SGD:
         direction = gradients
         if self.momentum:
             (momentum,) = state
-            if step == 0:
+            if isinstance(step, torch.Tensor):  # fresh ones are zeros, to which dampening does not apply
+                fresh = torch.where(step == 0, 1.0, 1 - self.dampening).to(gradients.dtype)
+                momentum.mul_(self.momentum).addcmul_(gradients, fresh)
+            elif step == 0:
                 momentum.copy_(gradients)
             else:
                 momentum.mul_(self.momentum).add_(gradients, alpha=1 - self.dampening)
@@ -123,7 +146,17 @@ class Adam:
     @property
     def num_buffers(self) -> int:
         """Both moments, and the largest second one."""
-        return 2 + self.amsgrad
+        return len(self.state_names)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Of these."""
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + self.amsgrad]
+
+    @property
+    def counts_steps(self) -> bool:
+        """True: young moments are too small, by a known factor."""
+        return True
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -135,11 +168,11 @@ class Adam:
         parameters: torch.Tensor,
         gradients: torch.Tensor,
         state: list[torch.Tensor],
-        step: int,
+        step: int | torch.Tensor,
         lr: Rate,
     ) -> None:
         """One step of all clients."""
-        if step == 0:
+        if isinstance(step, int) and step == 0:
             for buffer in state:
                 buffer.zero_()
         first, second = state[0], state[1]
@@ -154,14 +187,21 @@ class Adam:
         root = second
         if self.amsgrad:
             root = torch.maximum(state[2], second, out=state[2])
-        step_size = lr / (1 - self.betas[0] ** (step + 1))
-        correction = math.sqrt(1 - self.betas[1] ** (step + 1))
+        step_size, correction = self._corrected(step, lr, parameters.dtype)
         # the gradients are used up: their memory takes the denominator
         denominator = torch.sqrt(root, out=gradients).div_(correction).add_(self.eps)
         if isinstance(step_size, torch.Tensor):
             parameters.sub_(torch.div(first, denominator, out=gradients).mul_(step_size))
         else:
             parameters.addcdiv_(first, denominator, value=-step_size)
+
+    def _corrected(self, step: int | torch.Tensor, lr: Rate, dtype: torch.dtype) -> tuple[Rate, Rate]:
+        """The step size and the second moments' divisor, for moments of this age."""
+        if isinstance(step, int):
+            step_size = lr / (1 - self.betas[0] ** (step + 1))
+            return step_size, math.sqrt(1 - self.betas[1] ** (step + 1))
+        sizes = lr / (1 - self.betas[0] ** (step + 1))
+        return sizes.to(dtype), (1 - self.betas[1] ** (step + 1)).sqrt().to(dtype)
 
 
 def flat_optimizer(factory: Callable[..., Any]) -> FlatOptimizer | None:

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from fedmp.cohort.batches import draw_batches
+from fedmp.cohort.carried import Memory
 from fedmp.cohort.chunk import ChunkTrainer, ChunkWork
 from fedmp.cohort.module import FlatLayout, StackedModule
+from fedmp.cohort.start import RoundStart
 from fedmp.errors import TrainingError
 
 __all__ = ["Cohort", "CohortResult", "CohortTraining"]
@@ -89,6 +91,7 @@ class CohortTraining:
         self._layout = layout
         self._batch_size, self._seed, self._chunk = batch_size, seed, chunk
         self._num_workers = workers
+        self._every, self._is_remembered = work.accumulate_batches, work.is_remembered
         self._free: queue.SimpleQueue[ChunkTrainer] = queue.SimpleQueue()
         num_buffers = work.optimizer.num_buffers if work.optimizer else 0
         for _ in range(workers):
@@ -104,28 +107,28 @@ class CohortTraining:
     def train(
         self,
         cohort: Cohort,
-        start: torch.Tensor,
-        buffers: Mapping[str, torch.Tensor],
+        start: RoundStart,
         *,
         round: int,
         keep: bool,
+        memory: Memory | None = None,
         on_chunk: Callable[[int], None] = lambda _: None,
     ) -> CohortResult:
         """Train one round.
 
         Args:
             cohort: who trains.
-            start: [P] the global parameters.
-            buffers: the global statistics.
+            start: the global model.
             round: seeds the order of the batches.
             keep: whether each client's own result is wanted.
+            memory: of the clients; needed where they carry something from round to round.
             on_chunk: told how many clients are done.
 
         Raises:
             TrainingError: a client's loss or weights are not finite.
             CannotStackError: the model cannot be run for many clients at once.
         """
-        result = self._empty(cohort, start, buffers, keep)
+        result = self._empty(cohort, start.parameters, start.statistics, keep)
         # equal work side by side, the longest first: less padding, and threads that end together
         order = sorted(
             range(len(cohort.clients)), key=lambda k: (-cohort.num_batches[k], -len(cohort.rows[k]))
@@ -135,7 +138,7 @@ class CohortTraining:
         def run(members: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             trainer = self._free.get()
             try:
-                return self._train_chunk(trainer, cohort, members, start, buffers, round, result)
+                return self._train_chunk(trainer, cohort, members, start, round, result, memory)
             finally:
                 self._free.put(trainer)
 
@@ -172,24 +175,32 @@ class CohortTraining:
         trainer: ChunkTrainer,
         cohort: Cohort,
         members: Sequence[int],
-        start: torch.Tensor,
-        buffers: Mapping[str, torch.Tensor],
+        start: RoundStart,
         round: int,
         result: CohortResult,
+        memory: Memory | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Train some of the cohort; returns their weighted sums, in the memory of nobody."""
         module = trainer.module
+        clients = [cohort.clients[k] for k in members]
         batches = draw_batches(
-            [cohort.clients[k] for k in members],
+            clients,
             [cohort.rows[k] for k in members],
             [cohort.num_batches[k] for k in members],
             batch_size=self._batch_size,
             seed=self._seed,
             round=round,
         )
-        module.load(start, buffers, len(members))
+        module.load(start.parameters, start.statistics, len(members))
+        if memory is not None and self._is_remembered:
+            trainer.carried.begin([memory.load(client) for client in clients])
         trained = trainer.train(batches, start, round=round)
-        _check(trained.losses, [cohort.clients[k] for k in members], round)
+        _check(trained.losses, clients, round)
+        if memory is not None and self._is_remembered:
+            num_steps = [-(-count // self._every) for count in batches.num_batches]
+            states = trainer.carried.end(num_steps, trained.rate_sums, start)
+            for client, state in zip(clients, states, strict=True):
+                memory.save(client, state)
         places = torch.tensor(members)
         result.loss_sums[places] = trained.loss_sums.double()
         result.weights[places] = trained.weights.double()

@@ -28,7 +28,7 @@ class Checkpoint:
 
     Attributes:
         round: the last committed round.
-        fingerprint: of the model's graph.
+        fingerprint: of the model.
         state: the global model's tensors by canonical name.
         optimizer_tensors, optimizer_values: state of the server optimizer.
         optimizer: its name; empty for plain averaging.

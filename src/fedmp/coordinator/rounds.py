@@ -32,7 +32,7 @@ class RoundSettings:
         predicted_s: seconds that each client's round takes by its plan and links; 0 alike.
         first_round, last_round: rounds to run, both included.
         seed: the job's.
-        fingerprint: of the model's graph, for the checkpoints.
+        fingerprint: of the model, for the checkpoints.
         late: clients that go on, in the first round, with an earlier one: which.
         num_samples: that each client has; 0 while that is not known.
         roster: what is remembered of the clients from before the first round.

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from fedmp.aggregate import WeightedMean
-from fedmp.client import LocalWork
+from fedmp.client import ClientState, LocalWork, StateStore, Wire, select, usable
 from fedmp.cohort import (
     ChunkWork,
     Cohort,
@@ -23,21 +24,22 @@ from fedmp.cohort import (
     FlatLayout,
     Objective,
     Probe,
+    RoundStart,
     flat_layout,
     flat_optimizer,
     own_statistics,
     probe,
 )
 from fedmp.data import Dataset
-from fedmp.engine.cohort_updates import CohortUpdates, Start, Trainee
+from fedmp.engine.cohort_updates import CohortUpdates, Trainee
 from fedmp.engine.job import Job
 from fedmp.engine.session import Session, plain_evaluation
 from fedmp.graph import state_specs
-from fedmp.records import Progress
-from fedmp.strategy import FedAvg
+from fedmp.records import Progress, state_key
+from fedmp.strategy import FedAvg, Scope, received_name
 from fedmp.updates import trained_names
 
-__all__ = ["ManyAtOnce", "is_mean_by_samples", "keeps_at_clients", "try_out", "why_one_by_one"]
+__all__ = ["ManyAtOnce", "deals_out_fragments", "is_mean_by_samples", "try_out", "why_one_by_one"]
 
 _CACHE_BYTES = 8 << 20  # of a chunk; two of them stay in a usual last-level cache
 _LEAST_CHUNK = 4
@@ -48,19 +50,15 @@ def why_one_by_one(job: Job) -> str:
     """Why a job's clients must be trained one after another, as far as the job tells; empty if they need not."""
     if flat_optimizer(job.optimizer) is None:
         return "its client optimizer is none of torch.optim's SGD, Adam and AdamW"
-    strategy = job.strategy
-    rule = strategy.local_rule
-    if strategy.keeps_optimizer or (rule is not None and (rule.kept or rule.received)):
-        return f"the strategy {type(strategy).__name__} keeps a state of each client"
     if job.pipeline.autocast is not None:
         return "mixed precision (pipeline.autocast) is for one client at a time"
     return ""
 
 
-def keeps_at_clients(job: Job, model: torch.nn.Module) -> str:
-    """Why it matters what the clients keep of the model; empty if they keep nothing."""
-    if job.strategy.scope(state_specs(model)).keeps_values:
-        return f"the strategy {type(job.strategy).__name__} keeps a part of the model at each client"
+def deals_out_fragments(job: Job, model: torch.nn.Module) -> str:
+    """Why it matters that clients go on with old values of a part of the model; empty if they do not."""
+    if job.strategy.scope(state_specs(model)).fragments:
+        return f"the strategy {type(job.strategy).__name__} sends the model in fragments, in turn"
     return ""
 
 
@@ -100,7 +98,12 @@ class ManyAtOnce:
         self._session, self._prepared, self._job = session, prepared, job
         self._layout = flat_layout(prepared.model)
         self._statistics = tuple(own_statistics(prepared.model))
-        self._pushed = trained_names(prepared.specs.values())
+        specs = prepared.specs
+        moved = {*self._layout.names, *self._statistics}
+        self._still = [name for name in trained_names(specs.values()) if name not in moved]
+        self._scope = job.strategy.scope(specs)
+        self._slots = job.strategy.local_rule.received if job.strategy.local_rule else ()
+        self._store = StateStore(session.state_folder, is_durable=False)
         optimizer = flat_optimizer(job.optimizer)
         work = ChunkWork(
             optimizer=optimizer,
@@ -113,9 +116,11 @@ class ManyAtOnce:
             num_microbatches=job.num_microbatches if found.mixes_samples else 1,
             pads=not found.mixes_samples,
             rule=job.strategy.local_rule,
+            keeps_optimizer=job.strategy.keeps_optimizer,
+            own=self._scope.own,
         )
         self.workers = workers or torch.get_num_threads()
-        copies = 2 + (optimizer.num_buffers if optimizer else 0)
+        copies = 2 + (optimizer.num_buffers if optimizer else 0) + (len(work.rule.kept) if work.rule else 0)
         self.chunk = chunk or _fitting_chunk(self._layout, copies, found, prepared.num_clients)
         self._training = CohortTraining(
             prepared.model,
@@ -142,25 +147,39 @@ class ManyAtOnce:
             TrainingError: a client's loss is not finite.
         """
         start = self.start(handed_out)
-        return self.updates(cohort, self.run(cohort, start, round=round, keep=keep), start, round=round)
+        result = self.run(cohort, start, round=round, states=states, keep=keep)
+        return self.updates(cohort, result, start, round=round)
 
-    def start(self, handed_out: Mapping[str, torch.Tensor]) -> Start:
+    def start(self, handed_out: Mapping[str, torch.Tensor]) -> RoundStart:
         """What a round's training starts from, as it is now."""
         moved = {*self._layout.names, *self._statistics}
-        return Start(
-            handed_out,
-            torch.cat([handed_out[name].flatten() for name in self._layout.names]),
-            {name: handed_out[name].clone() for name in self._statistics},
-            {name: torch.zeros_like(handed_out[name]) for name in self._pushed if name not in moved},
+        specs, names = self._prepared.specs, self._layout.names
+        return RoundStart(
+            parameters=torch.cat([handed_out[name].flatten() for name in names]),
+            statistics={name: handed_out[name].clone() for name in self._statistics},
+            still={name: handed_out[name] for name in specs if name not in moved},
+            received={
+                slot: torch.cat([_slot(handed_out, slot, name).flatten() for name in names])
+                for slot in self._slots
+            },
         )
 
-    def run(self, cohort: Sequence[Trainee], start: Start, *, round: int, keep: bool) -> CohortResult:
+    def run(
+        self,
+        cohort: Sequence[Trainee],
+        start: RoundStart,
+        *,
+        round: int,
+        states: Mapping[str, str],
+        keep: bool,
+    ) -> CohortResult:
         """Train a cohort, or a part of one.
 
         Args:
             cohort: who trains.
             start: from what.
             round: seeds the order of the batches.
+            states: names what each client kept, from which it starts.
             keep: whether each client's own update is wanted, beside their sum.
 
         Raises:
@@ -175,35 +194,45 @@ class ManyAtOnce:
             num_batches=[work.num_batches(size) for work, size in zip(works, sizes, strict=True)],
             weights=samples,
         )
-        evaluation = self._evaluate(members, works, start)
+        memory = _Memory(self._store, states, self._scope, tuple(self._prepared.specs), round)
+        evaluation = self._evaluate(members, works, start, memory)
         result = self._training.train(
             members,
-            start.parameters,
-            start.statistics,
+            start,
             round=round,
             keep=keep,
+            memory=memory,
             on_chunk=self._teller(members.clients, samples, round),
         )
         result.evaluation.copy_(evaluation)
         return result
 
     def updates(
-        self, cohort: Sequence[Trainee], result: CohortResult, start: Start, *, round: int
+        self, cohort: Sequence[Trainee], result: CohortResult, start: RoundStart, *, round: int
     ) -> CohortUpdates:
         """What the round loop takes, of the result of a whole cohort."""
-        return CohortUpdates(cohort, result, self._layout, start, round=round)
+        own = self._scope.own
+        return CohortUpdates(cohort, result, self._layout, start, still=self._still, own=own, round=round)
 
     def close(self) -> None:
         """End the threads."""
         self._training.close()
 
-    def _evaluate(self, cohort: Cohort, works: Sequence[LocalWork], start: Start) -> torch.Tensor:
-        """[K, 3] loss, weight and correct predictions of the starting model on each client's data."""
+    def _evaluate(
+        self, cohort: Cohort, works: Sequence[LocalWork], start: RoundStart, memory: _Memory
+    ) -> torch.Tensor:
+        """[K, 3] loss, weight and correct predictions of what each client starts from, on its data."""
         if not works or not works[0].evaluate_first:
             return torch.zeros(len(works), 3, dtype=torch.float64)
-        evaluate = plain_evaluation(self._prepared.model, start.tensors, self._job.task)
-        dataset = self._prepared.data.train
-        return torch.tensor([evaluate(dataset, own) for own in cohort.rows], dtype=torch.float64)
+        state = {**self._layout.by_name(start.parameters), **start.statistics, **start.still}
+        evaluate = plain_evaluation(self._prepared.model, state, self._job.task)
+        dataset, found = self._prepared.data.train, []
+        for client, rows in zip(cohort.clients, cohort.rows, strict=True):
+            if self._scope.own:
+                own = select(memory.load(client), "own/")
+                evaluate = plain_evaluation(self._prepared.model, {**state, **own}, self._job.task)
+            found.append(evaluate(dataset, rows))
+        return torch.tensor(found, dtype=torch.float64)
 
     def _teller(self, clients: Sequence[str], samples: Sequence[int], round: int) -> Callable[[int], None]:
         """Tells of a long round's progress."""
@@ -219,6 +248,43 @@ class ManyAtOnce:
             told_s, told = time.monotonic(), done
 
         return tell
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What clients keep, in the store that a client which trains alone uses."""
+
+    store: StateStore
+    states: Mapping[str, str]
+    scope: Scope
+    names: tuple[str, ...]
+    round: int
+
+    def load(self, client: str) -> ClientState:
+        """What a client can use of its state."""
+        key = self.states.get(client, "")
+        return usable(
+            self.store.load(client, key, wanted=_is_trained),
+            self.scope,
+            self.names,
+            key=key,
+            round=self.round,
+        )
+
+    def save(self, client: str, state: ClientState) -> None:
+        """Keep what its round left."""
+        self.store.save(client, state_key(self.round), "all", state, base=self.states.get(client, ""))
+
+
+def _is_trained(state_name: str) -> bool:
+    """Whether a tensor of a state is not of the client's transforms."""
+    return not Wire.concerns(state_name)
+
+
+def _slot(handed_out: Mapping[str, torch.Tensor], slot: str, name: str) -> torch.Tensor:
+    """A server's slot of a parameter; zeros for one that stays at the clients."""
+    tensor = handed_out.get(received_name(slot, name))
+    return torch.zeros_like(handed_out[name]) if tensor is None else tensor
 
 
 def _fitting_chunk(layout: FlatLayout, copies: int, found: Probe, population: int) -> int:

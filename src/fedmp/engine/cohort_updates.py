@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Protocol, overload
 
 import torch
 
 from fedmp.client import LocalWork
-from fedmp.cohort import CohortResult, FlatLayout
+from fedmp.cohort import CohortResult, FlatLayout, RoundStart
 from fedmp.coordinator import ClientUpdate
 from fedmp.records import DeviceReport
 
-__all__ = ["CohortUpdates", "Start", "Trainee"]
+__all__ = ["CohortUpdates", "Trainee"]
 
 
 class Trainee(Protocol):
@@ -39,23 +38,6 @@ class Trainee(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class Start:
-    """What a round's training starts from.
-
-    Attributes:
-        tensors: as handed out, by name; they may change after the round.
-        parameters: [P] the trained ones, flat.
-        statistics: buffers that training changes, by name.
-        zeros: updates of what training leaves alone.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    parameters: torch.Tensor
-    statistics: Mapping[str, torch.Tensor]
-    zeros: Mapping[str, torch.Tensor]
-
-
 class CohortUpdates(Sequence[ClientUpdate]):
     """A cohort's updates, which are already summed up where only their mean is wanted.
 
@@ -64,6 +46,8 @@ class CohortUpdates(Sequence[ClientUpdate]):
         result: of the training.
         layout: of the trained parameters.
         start: from which they were trained.
+        still: names of what an update holds beside what was trained: buffers that training left alone.
+        own: names of what stays at the clients.
         round: in which.
     """
 
@@ -72,11 +56,14 @@ class CohortUpdates(Sequence[ClientUpdate]):
         cohort: Sequence[Trainee],
         result: CohortResult,
         layout: FlatLayout,
-        start: Start,
+        start: RoundStart,
         *,
+        still: Sequence[str],
+        own: Container[str],
         round: int,
     ) -> None:
         self._result, self._layout, self._start = result, layout, start
+        self._names = [name for name in (*layout.names, *start.statistics, *still) if name not in own]
         self._updates = [
             ClientUpdate(one.name, round, _Own(self, place), (report,))
             for place, (one, report) in enumerate(zip(cohort, _reports(cohort, result, round), strict=True))
@@ -101,11 +88,11 @@ class CohortUpdates(Sequence[ClientUpdate]):
         for name, tensor in self._result.buffers.items():
             before = self._start.statistics[name]
             mean[name] = _as(tensor / total - before, before.dtype)
-        return {**mean, **self._start.zeros}
+        return {name: mean[name] if name in mean else self._zeros(name) for name in self._names}
 
     def names(self) -> list[str]:
         """The tensors of each update."""
-        return [*self._layout.names, *self._start.statistics, *self._start.zeros]
+        return self._names
 
     def of(self, place: int, name: str) -> torch.Tensor:
         """One client's update of one tensor."""
@@ -118,7 +105,10 @@ class CohortUpdates(Sequence[ClientUpdate]):
             return change.view(span.shape)
         if name in start.statistics:
             return result.own_buffers[name][place] - start.statistics[name]
-        return start.zeros[name]
+        return self._zeros(name)
+
+    def _zeros(self, name: str) -> torch.Tensor:
+        return torch.zeros_like(self._start.still[name])
 
 
 class _Own(Mapping[str, torch.Tensor]):

@@ -10,13 +10,14 @@ from typing import Literal, Protocol
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from fedmp.client import LocalRound, StateStore
 from fedmp.clock import Clock
 from fedmp.component import Component
 from fedmp.coordinator import Clients, ClientUpdate, Opening, Trained
 from fedmp.engine.arrivals import Arrivals, predict_arrivals
-from fedmp.engine.at_once import ManyAtOnce, is_mean_by_samples, keeps_at_clients, try_out, why_one_by_one
+from fedmp.engine.at_once import ManyAtOnce, deals_out_fragments, is_mean_by_samples, try_out, why_one_by_one
 from fedmp.engine.cohort import CohortClients, cohort_settings
 from fedmp.engine.held import Held, HeldUpdates
 from fedmp.engine.job import Job
@@ -28,6 +29,7 @@ from fedmp.engine.simulated_wire import SimulatedWire
 from fedmp.engine.traffic import Traffic
 from fedmp.engine.unplanned import Rows, Unplanned
 from fedmp.errors import ConfigError
+from fedmp.graph import state_specs
 from fedmp.pipeline import BatchResult, StageRunner
 from fedmp.records import Note, Progress, state_key
 from fedmp.schedule import OneFOneB
@@ -74,10 +76,10 @@ class SimulateEngine(Component):
         reason = "as asked" if self.cohort == "sequential" else why_one_by_one(job)
         if not reason:
             model = build_model(job)
-            reason = keeps_at_clients(job, model)
+            reason = deals_out_fragments(job, model)
         if not reason:
             found = try_out(job, model, data.train, parts[0], draws_noise=self.cohort == "vectorized")
-            if not found.refusal and not _needs_plans(job):
+            if not found.refusal and not _needs_plans(job, model):
                 return Unplanned(job, model, data, Rows(names, parts), found)
             if not found.refusal:
                 return replace(plan_split(job, data, names, parts), probe=found)
@@ -333,7 +335,7 @@ def _by_itself(held: Held) -> Held:
     return replace(held, update=replace(held.update, tensors=tensors))
 
 
-def _needs_plans(job: Job) -> bool:
+def _needs_plans(job: Job, model: nn.Module) -> bool:
     """Whether a run without plans, in which each client finishes every round at once, is another."""
     closing = job.strategy.closing(len(job.topology.clients))
     return (
@@ -342,6 +344,8 @@ def _needs_plans(job: Job) -> bool:
         or closing.num_training != closing.wanted
         or job.clock != Clock()
         or any(len(client.devices) > 1 for client in job.topology.clients)
+        or job.strategy.local_rule is not None
+        or job.strategy.scope(state_specs(model)).keeps_values
     )
 
 
@@ -349,5 +353,11 @@ def _remembers(prepared: Prepared) -> bool:
     """Whether rounds leave more behind than the global model, so that each must be committed by itself."""
     job = prepared.job
     closing = job.strategy.closing(prepared.num_clients)
-    may_be_late = closing.oldest(job.rounds) is not None
-    return may_be_late or job.uplink_channel(prepared.specs).chain.keeps_residual
+    rule, keeps_residual = job.strategy.local_rule, job.uplink_channel(prepared.specs).chain.keeps_residual
+    return (
+        closing.oldest(job.rounds) is not None
+        or keeps_residual
+        or job.strategy.keeps_optimizer
+        or bool(rule and rule.kept)
+        or job.strategy.scope(prepared.specs).keeps_values
+    )

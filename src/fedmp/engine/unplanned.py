@@ -7,7 +7,6 @@ import), and a population of 100,000 clients should not cost 100,000 objects. Wh
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
@@ -115,12 +114,6 @@ class Unplanned(Prepared):
     def specs(self) -> Mapping[str, StateSpec]:
         """Of the model's tensors, by canonical name."""
         return state_specs(self.model)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the model's modules and tensors, as they print."""
-        text = f"{self.model!r}\n" + "\n".join(f"{s.name} {s.shape} {s.dtype}" for s in self.specs.values())
-        return f"untraced-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     @property
     def num_devices(self) -> int:

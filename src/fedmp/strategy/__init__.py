@@ -24,6 +24,7 @@ from fedmp.strategy.rules import (
     Scaled,
     ServerRule,
     Slots,
+    kept_name,
     received_name,
 )
 from fedmp.strategy.scaffold import Scaffold
@@ -70,5 +71,6 @@ __all__ = [
     "Yogi",
     "check_selection",
     "check_strategy",
+    "kept_name",
     "received_name",
 ]

@@ -15,7 +15,16 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
-__all__ = ["Combine", "Contribution", "LocalRule", "Scaled", "ServerRule", "Slots", "received_name"]
+__all__ = [
+    "Combine",
+    "Contribution",
+    "LocalRule",
+    "Scaled",
+    "ServerRule",
+    "Slots",
+    "kept_name",
+    "received_name",
+]
 
 Combine: TypeAlias = Callable[
     [Sequence[Mapping[str, torch.Tensor]], Sequence[float]], dict[str, torch.Tensor]
@@ -31,6 +40,16 @@ def received_name(slot: str, name: str) -> str:
         '@control/head.weight'
     """
     return f"@{slot}/{name}"
+
+
+def kept_name(slot: str, name: str) -> str:
+    """The name under which a client keeps a slot of a parameter.
+
+    Example:
+        >>> kept_name("control", "head.weight")
+        'kept/control/head.weight'
+    """
+    return f"kept/{slot}/{name}"
 
 
 @runtime_checkable
