@@ -99,29 +99,29 @@ def _measure(name: str, transforms: list[Any], tensor: torch.Tensor) -> dict[str
     chain, spec = Chain(transforms), Part(tuple(tensor.shape), tensor.dtype)
     kept: dict[str, Any] = {"state": chain.encode(tensor, state={}, seed=0).state}
     report = DeviceReport(num_examples=1)
-    plain, _ = update_body({"weight": tensor}, report)
+    plain = update_body({"weight": tensor}, report)
 
     def encode() -> None:
         encoded = chain.encode(tensor, state=kept["state"], seed=1)
         kept["state"], kept["parts"] = encoded.state, encoded.parts
         if chain.zstd is not None:
-            kept["body"], kept["packed"] = update_body(dict(encoded.parts), report, chain.zstd)
+            kept["body"] = update_body(dict(encoded.parts), report, chain.zstd)
 
     def decode() -> None:
-        if chain.zstd is not None and kept["packed"]:
-            for _ in decompress([kept["body"]], max_bytes=2 * len(plain)):
+        if chain.zstd is not None and kept["body"].is_compressed:
+            for _ in decompress(kept["body"].pieces, max_bytes=2 * plain.num_bytes):
                 pass
         chain.decode(kept["parts"], spec, seed=1)
 
     encode_s, encode_cpu_s = _best_s(encode)
     decode_s, _ = _best_s(decode)
-    body, _ = update_body(dict(kept["parts"]), report, chain.zstd)
+    body = update_body(dict(kept["parts"]), report, chain.zstd)
     return {
         "transforms": name,
         "encode_gb_per_s": tensor.nbytes / encode_s / 1e9,
         "encode_cpu_gb_per_s": tensor.nbytes / encode_cpu_s / 1e9,
         "decode_gb_per_s": tensor.nbytes / decode_s / 1e9,
-        "ratio": len(plain) / len(body),
+        "ratio": plain.num_bytes / body.num_bytes,
     }
 
 

@@ -88,10 +88,10 @@ def test_kill_matrix(
     device: str, kind: str, what: dict[str, Any], undisturbed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """Every phase, stage and micro-batch; a last stage sends nothing forward, a lone one nothing at all."""
-    result, _ = disturbed(tmp_path, fault(device, kind=kind, **what))
+    result, notes = disturbed(tmp_path, fault(device, kind=kind, **what))
     assert_same(weights(result), undisturbed)
     happens = not (what["phase"] == "send" and device == "c1/d0")
-    assert result.summary.faults == int(happens)
+    assert result.summary.faults == int(happens), notes
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from fedmp.updates import (
 )
 from fedmp.updates.indices import decode_indices, encode_indices, indices_part
 from fedmp.updates.top_k import largest
+from fedmp.updates.transform import is_finite
 from fedmp.updates.zstd import decompress
 
 SIZES = st.integers(1, 700)
@@ -350,3 +351,18 @@ def test_a_clip_bounds_the_norm_and_leaves_shorter_updates() -> None:
     assert clip.factor(8.0) == 0.25
     assert clip.factor(1.0) == 1.0
     assert clip.factor(0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2], ids=str
+)
+@pytest.mark.parametrize("size", [1, 7, 1000, 40_000])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, size: int) -> None:
+    assert is_finite(torch.empty(0, 3, dtype=dtype))
+    largest_numbers = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(largest_numbers), "their sum is not, but they are"
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in {0, size // 2, size - 1}:
+            spoiled = torch.linspace(-1, 1, size).to(dtype)
+            spoiled[place] = bad
+            assert not is_finite(spoiled), (bad, place)

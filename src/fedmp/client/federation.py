@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import itertools
 import logging
 import ssl
@@ -195,12 +194,12 @@ class HttpFederation:
 
         Sent again until it is acknowledged; the coordinator knows what it has already.
         """
-        body, is_compressed = update_body(payload, report, zstd)
-        digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
-        headers = {"content-digest": f"sha-256=:{digest}:"}
-        if is_compressed:
+        body = update_body(payload, report, zstd)
+        digest = base64.b64encode(body.sha256()).decode()
+        headers = {"content-digest": f"sha-256=:{digest}:", "content-length": str(body.num_bytes)}
+        if body.is_compressed:
             headers["content-encoding"] = CONTENT_ENCODING
-        self._ask("PUT", f"/v1/rounds/{round}/update", body=body, headers=headers)
+        self._ask("PUT", f"/v1/rounds/{round}/update", body=body.pieces, headers=headers)
 
     def progress(self, report: ProgressReport) -> None:
         """Say how far this client is; not worth a second attempt."""

@@ -30,6 +30,7 @@ __all__ = ["content_encoding", "read_message", "stream_to_file"]
 
 Message = TypeVar("Message", bound=BaseModel)
 
+_AT_ONCE_BYTES = 512 << 10  # two are held in memory for each upload; fewer bytes cost more to hand over
 _DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
 
 
@@ -57,8 +58,7 @@ async def stream_to_file(request: Request, path: Path, *, max_bytes: int, limits
             reason="too-long",
         )
     num_bytes = 0
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    with _HashedFile(path) as file:
         async with aclosing(_chunks(request, limits)) as chunks:
             async for chunk in chunks:
                 num_bytes += len(chunk)
@@ -66,9 +66,9 @@ async def stream_to_file(request: Request, path: Path, *, max_bytes: int, limits
                     raise RefusedError(
                         f"the body has more than {max_bytes} bytes", status=413, reason="too-long"
                     )
-                digest.update(chunk)
-                file.write(chunk)
-    if not hmac.compare_digest(digest.digest(), expected):
+                await file.write(chunk)
+        digest = await file.digest()
+    if not hmac.compare_digest(digest, expected):
         raise RefusedError(
             f"the body's {num_bytes} bytes do not have the digest that was announced; send it again",
             status=400,
@@ -117,6 +117,73 @@ def content_encoding(request: Request) -> str:
             reason="unknown-encoding",
         )
     return encoding
+
+
+class _HashedFile:
+    """A file that another thread hashes and writes while the next piece comes in.
+
+    Args:
+        path: of the new file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._pieces: list[bytes] = []
+        self._num_bytes = 0
+        self._under_way: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> _HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._under_way is None:
+            self._file.close()
+        else:  # the request was refused or cancelled, and the other thread may still write
+            self._under_way.add_done_callback(self._close)
+
+    async def write(self, piece: bytes) -> None:
+        """Take a piece; waits if the file cannot keep up.
+
+        Raises:
+            OSError: an earlier one could not be written.
+        """
+        self._pieces.append(piece)
+        self._num_bytes += len(piece)
+        if self._num_bytes >= _AT_ONCE_BYTES:
+            await self._hand_over()
+
+    async def digest(self) -> bytes:
+        """Write the rest; the SHA-256 digest of the whole file.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        await self._hand_over()
+        await self._settle()
+        return self._hash.digest()
+
+    async def _hand_over(self) -> None:
+        await self._settle()
+        pieces, self._pieces, self._num_bytes = self._pieces, [], 0
+        self._under_way = asyncio.get_running_loop().run_in_executor(None, self._put, pieces)
+
+    async def _settle(self) -> None:
+        if self._under_way is not None:
+            await asyncio.shield(self._under_way)  # who waits may be cancelled, the thread cannot
+            self._under_way = None
+
+    def _put(self, pieces: list[bytes]) -> None:
+        for piece in pieces:
+            self._hash.update(piece)
+            rest = memoryview(piece)
+            while rest:  # the last bytes of a disk are taken without complaint, and then no more
+                rest = rest[self._file.write(rest) :]
+
+    def _close(self, under_way: asyncio.Future[None]) -> None:
+        self._file.close()
+        if not under_way.cancelled():
+            under_way.exception()  # why the request failed has been said already
 
 
 def _announced_digest(request: Request) -> bytes:

@@ -92,12 +92,10 @@ class Traffic:
         looks = is_update, tuple((name, tensor.dtype, tensor.shape) for name, tensor in body.items())
         if zstd is None and looks in self._known:
             return self._known[looks]
-        made, _ = (
-            update_body(body, DeviceReport(num_examples=1), zstd) if is_update else stage_body(body, zstd)
-        )
+        made = update_body(body, DeviceReport(num_examples=1), zstd) if is_update else stage_body(body, zstd)
         if zstd is None:
-            self._known[looks] = len(made)
-        return len(made)
+            self._known[looks] = made.num_bytes
+        return made.num_bytes
 
 
 def _pushed(setup: ClientSetup) -> list[list[str]]:

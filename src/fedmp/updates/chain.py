@@ -22,7 +22,7 @@ from fedmp.seeds import derive_seed
 from fedmp.updates.clip import Clip
 from fedmp.updates.ef21 import EF21
 from fedmp.updates.random_k import RandomK
-from fedmp.updates.transform import Encoded, Part, PayloadError, UpdateTransform, working_dtype
+from fedmp.updates.transform import Encoded, Part, PayloadError, UpdateTransform, is_finite, working_dtype
 from fedmp.updates.zstd import Zstd
 
 __all__ = ["Chain"]
@@ -132,7 +132,7 @@ class Chain:
         if estimate is not None:
             tensor = estimate + tensor
         is_made = parts.keys() != {""} or estimate is not None
-        if tensor.is_floating_point() and is_made and not _is_finite(tensor):
+        if tensor.is_floating_point() and is_made and not is_finite(tensor):
             raise PayloadError("the numbers that it makes are too large to be finite")
         return tensor
 
@@ -201,11 +201,6 @@ def _layout(transform: UpdateTransform, part: Part) -> Mapping[str, Part]:
 
 def _join(outer: str, inner: str) -> str:
     return f"{outer}.{inner}" if outer and inner else outer or inner
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # a sum is finite only if all are, or overflows: then look closely
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _name(transform: object) -> str:

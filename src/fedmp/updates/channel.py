@@ -16,16 +16,15 @@ from fedmp.errors import ConfigError
 from fedmp.graph import StateSpec
 from fedmp.seeds import derive_seed
 from fedmp.updates.chain import Chain
-from fedmp.updates.transform import Part, PayloadError
+from fedmp.updates.transform import Part, PayloadError, is_finite
 
-__all__ = ["Channel", "Decoded", "Estimates", "State", "is_finite", "no_estimates"]
+__all__ = ["Channel", "Decoded", "Estimates", "State", "no_estimates"]
 
 State = Mapping[str, torch.Tensor]
 
 # what a receiver held of a tensor before; None for nothing, which counts as zeros
 Estimates: TypeAlias = Callable[[str], torch.Tensor | None]
 
-_PIECE = 1 << 16
 _ESTIMATE = "estimate/"
 
 
@@ -273,11 +272,6 @@ class Decoded(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """A piece at a time: stays within the cache, and needs no memory of the tensor's size."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_PIECE))
 
 
 def _check_for_downlink(transforms: Sequence[Any], chain: Chain) -> None:

@@ -14,7 +14,16 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-__all__ = ["Encoded", "Part", "PayloadError", "UpdateTransform", "generator", "like", "working_dtype"]
+__all__ = [
+    "Encoded",
+    "Part",
+    "PayloadError",
+    "UpdateTransform",
+    "generator",
+    "is_finite",
+    "like",
+    "working_dtype",
+]
 
 
 class PayloadError(ValueError):
@@ -130,6 +139,17 @@ def generator(seed: int) -> torch.Generator:
 def like(spec: Part) -> dict[str, Part]:
     """The layout of a tensor that is left as it is."""
     return {"": spec}
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether none of a floating-point tensor's numbers is NaN or infinite; reads it once, and copies nothing."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.element_size() == 1:  # torch does not compare eighths of a float64
+        tensor = tensor.float()
+    return bool(
+        torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+    )  # NaN is both the least and the largest
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
