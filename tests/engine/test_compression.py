@@ -226,7 +226,8 @@ def test_transforms_are_chosen_on_the_command_line(tmp_path: Path, overrides: tu
         (["transforms.topk.fraction=1"], "transforms.topk is not chosen: say transforms=[topk]"),
         (["transforms=[zstd,int8]"], "Zstd comes last of all, not between Zstd, Int8"),
         (["transforms.x._target_=builtins.dict"], "dict is no transform: it needs error_feedback"),
-        (["downlink=[topk]"], "group downlink has no choice 'topk'; there are bf16, fp16, int4, int8, zstd"),
+        (["downlink=[topk]"], "TopK leaves out most of a tensor and makes up for it in later updates"),
+        (["downlink=[clip]"], "group downlink has no choice 'clip'; there are bf16, ef21, fp16, int4, int8"),
         (["downlink.x._target_=fedmp.updates.TopK"], "downlink: TopK leaves out most of a tensor"),
     ],
 )

@@ -202,6 +202,7 @@ class _Device:
             spec.uplink or Channel((), {}, seed=0),
             spec.downlink or Channel((), {}, seed=0, direction="down"),
         )
+        self._pulled: tuple[int, dict[str, torch.Tensor]] = (0, {})
         self._runner: DeviceRunner | None = None
         self._saboteur = Saboteur(spec.faults) if spec.faults else None
 
@@ -391,8 +392,13 @@ class _Device:
             self._saboteur.at("pull")
         tensors = [tensor for blueprint in self._spec.blueprints for tensor in blueprint.state.values()]
         max_bytes = _COPIES * sum(tensor.num_bytes + 1024 for tensor in tensors)
-        payload = self._federation.pull(round, whole=whole, max_bytes=max_bytes)
-        return self._wire.unpack(payload, round=round)
+        held, before = self._pulled
+        held = held if held == round - 1 else 0
+        payload = self._federation.pull(round, whole=whole, held=held, max_bytes=max_bytes)
+        pulled = self._wire.unpack(payload, round=round, held=before)
+        if self._wire.downlink.chain.keeps_estimate:
+            self._pulled = round, pulled
+        return pulled
 
     def _step_watcher(self, runner: DeviceRunner, round: int) -> Callable[[int, int, BatchResult], None]:
         """After each step: report progress now and then, and time the actions of one step."""

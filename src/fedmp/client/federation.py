@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
+from urllib.parse import urlencode
 
 import torch
 import urllib3
@@ -63,13 +64,16 @@ class Federation(Protocol):
         """What to do next; may take a while to answer. A device that was started anew names another process."""
         ...
 
-    def pull(self, round: int, *, whole: bool = False, max_bytes: int) -> dict[str, torch.Tensor]:
+    def pull(
+        self, round: int, *, whole: bool = False, held: int = 0, max_bytes: int
+    ) -> dict[str, torch.Tensor]:
         """The round's global stage as it travels, by the names in its payload.
 
         Args:
             round: the open one.
             max_bytes: that it may have once it is decompressed.
             whole: also what does not travel in every round, for a client that has no values of its own.
+            held: the round whose stages this device still has, to which differences may be sent; 0 for none.
         """
         ...
 
@@ -160,10 +164,12 @@ class HttpFederation:
         return Instruction.model_validate_json(self._ask("GET", "/v1/instruction", fields=fields).data)
 
     def pull(
-        self, round: int, *, whole: bool = False, max_bytes: int = _MAX_STAGE_BYTES
+        self, round: int, *, whole: bool = False, held: int = 0, max_bytes: int = _MAX_STAGE_BYTES
     ) -> dict[str, torch.Tensor]:
         """The round's global stages; a transfer that breaks off is taken up again where it did."""
-        path = f"/v1/rounds/{round}/stage" + ("?whole=true" if whole else "")
+        asked = {"whole": "true"} if whole else {}
+        asked |= {"held": str(held)} if held else {}
+        path = f"/v1/rounds/{round}/stage" + (f"?{urlencode(asked)}" if asked else "")
         received = _Received()
         progress_s = time.monotonic()
         while not received.is_whole:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -43,12 +44,25 @@ class Wire:
         """Whether a tensor of a client's state is of its transforms."""
         return state_name.startswith(_SENT)
 
-    def unpack(self, payload: Mapping[str, torch.Tensor], *, round: int) -> dict[str, torch.Tensor]:
+    def unpack(
+        self,
+        payload: Mapping[str, torch.Tensor],
+        *,
+        round: int,
+        held: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> dict[str, torch.Tensor]:
         """The global stages of a round, as near as they were sent.
+
+        Args:
+            payload: as it came.
+            round: whose.
+            held: the stages of the round before, where stages may travel as differences.
 
         Raises:
             PayloadError: the payload makes no sense.
         """
+        if self.downlink.chain.keeps_estimate:
+            return self.downlink.receive(payload, sender="", round=round, held=held)
         names = dict.fromkeys(map(self.downlink.name_of, payload))
         return self.downlink.decode_all(payload, names, sender="", round=round)
 

@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedmp.coordinator.received import ReceivedModel
 from fedmp.errors import ResumeError
 from fedmp.graph import StateSpec
 from fedmp.strategy import Combine, Contribution, ServerRule, Slots, received_name
-from fedmp.updates import apply_update
+from fedmp.updates import Channel, apply_update
 
 __all__ = ["GlobalModel", "OptimizerFactory"]
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+
+_RECEIVED = "received/"
 
 
 class GlobalModel:
@@ -35,6 +38,7 @@ class GlobalModel:
         rule: makes one update of the clients'; None leaves it to the aggregator.
         received: slots of the rule that clients are handed with the parameters.
         own: names of tensors that stay at the clients.
+        downlink: how the model travels to the clients; None as it is.
 
     Raises:
         ValueError: clients are to be handed what the rule does not keep.
@@ -49,6 +53,7 @@ class GlobalModel:
         rule: ServerRule | None = None,
         received: Sequence[str] = (),
         own: Collection[str] = (),
+        downlink: Channel | None = None,
     ) -> None:
         self.specs = specs
         self.state = {name: tensor.detach() for name, tensor in state.items()}
@@ -73,16 +78,39 @@ class GlobalModel:
             slot: {name: torch.zeros_like(self.state[name]) for name in sorted(self._shared)}
             for slot in slots
         }
+        keeps = downlink is not None and downlink.chain.keeps_estimate
+        self._received_model = ReceivedModel(downlink, self.state) if downlink is not None and keeps else None
+
+    def open(self, round: int) -> None:
+        """A round is about to begin with the present model."""
+        if self._received_model is not None:
+            self._received_model.open(round, self.state)
+
+    def difference(self, round: int, held: int) -> Mapping[str, torch.Tensor] | None:
+        """What leads a client that holds one round's model to another's, as it travels.
+
+        Args:
+            round: whose model the client shall have.
+            held: whose it has; 0 for none.
+
+        Returns:
+            The payload, of all that differs; None where the client needs the whole model.
+        """
+        return self._received_model.difference(round, held) if self._received_model is not None else None
 
     @property
     def handed_out(self) -> dict[str, torch.Tensor]:
-        """What clients may pull: the model's tensors, and slots of the server's under names of their own."""
+        """What clients may pull: the model's tensors, and slots of the server's under names of their own.
+
+        Where clients are sent differences, the tensors are those that clients end with in the open round.
+        """
         slots = {
             received_name(slot, name): tensor
             for slot in self._received
             for name, tensor in self._slots[slot].items()
         }
-        return {**self.state, **slots}
+        received = self._received_model.tensors if self._received_model is not None else {}
+        return {**self.state, **received, **slots}
 
     def step(
         self,
@@ -131,7 +159,14 @@ class GlobalModel:
 
     @property
     def slots(self) -> dict[str, torch.Tensor]:
-        """The rule's state, by the names under which clients would receive it."""
+        """The rule's state, by the names under which clients would receive it, and what clients last received."""
+        received = self._received_model.kept if self._received_model is not None else {}
+        return {
+            **{_RECEIVED + name: tensor for name, tensor in received.items()},
+            **self._rule_slots(),
+        }
+
+    def _rule_slots(self) -> dict[str, torch.Tensor]:
         return {
             received_name(slot, name): tensor
             for slot, tensors in self._slots.items()
@@ -142,9 +177,17 @@ class GlobalModel:
         """Put back what `slots` returned.
 
         Raises:
-            ResumeError: it is another rule's.
+            ResumeError: it is another rule's, or clients received the model in another way.
         """
-        if tensors.keys() != self.slots.keys():
+        received = {n.removeprefix(_RECEIVED): t for n, t in tensors.items() if n.startswith(_RECEIVED)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RECEIVED)}
+        fits = self._received_model.load(received) if self._received_model is not None else not received
+        if not fits:
+            raise ResumeError(
+                f"the checkpoint {'has' if received else 'has not'} what clients received as differences, and downlink "
+                f"{'has no' if received else 'has'} ef21; resume with the config that the run began with"
+            )
+        if tensors.keys() != self._rule_slots().keys():
             kept = sorted({name.split("/", 1)[0] for name in tensors}) or "none"
             raise ResumeError(
                 f"the checkpoint has state of the slots {kept}, the strategy keeps {sorted(self._slots) or 'none'}; "

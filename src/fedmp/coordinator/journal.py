@@ -184,6 +184,7 @@ class Journal:
         *,
         client: str = "",
         compressed: bool = False,
+        difference: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
         """The file of a global stage as it goes out, written when first asked for.
 
@@ -192,6 +193,7 @@ class Journal:
             state: the present global model.
             key: names the stage; equal stages of several clients share a file.
             client: who asks; one that is late gets the stage that it started from.
+            difference: payload of what is new to a client that holds the stage of the round before; None for the whole.
             compressed: for a device that can undo it; the file's suffix is `.zst` then, if the job's downlink
                 has `Zstd` and it is worth it.
 
@@ -199,11 +201,17 @@ class Journal:
             RefusedError: the round is closed, and nobody goes on with it.
         """
         round = self._late.get(client, self._round)
-        path = self._folder_of(round) / f"global-{key}.safetensors"
+        kind = "global" if difference is None else "difference"
+        path = self._folder_of(round) / f"{kind}-{key}.safetensors"
         with self._writing:
             if not path.exists():
                 tensors = self._started_from(round, names, state)
-                payload, _ = self._downlink.encode(tensors, {}, sender="", round=round)
+                if not self._downlink.chain.keeps_estimate:
+                    payload, _ = self._downlink.encode(tensors, {}, sender="", round=round)
+                elif difference is None:
+                    payload = tensors
+                else:
+                    payload = self._downlink.replaced(tensors, difference)
                 _write_atomically(path, lambda part: save_file(payload, part))
             return self._compressed(path) if compressed else path
 

@@ -72,6 +72,7 @@ class RemoteClients:
         """
         board, journal = self._board, self._journal
         before = (board.bytes_up, board.bytes_down, board.faults, board.recoveries)
+        self._model.open(opening.round)
         journal.open(opening.round, opening.late, states=opening.states)
         for client, begun in opening.late.items():
             if not journal.keeps(begun):

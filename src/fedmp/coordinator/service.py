@@ -202,8 +202,11 @@ class CoordinatorService:
 
         return await self._hold(look, lambda found: found.kind != "wait", self._limits.long_poll_s)
 
-    async def pull(self, request: Request, round: int, whole: bool = False) -> FileResponse:
-        """The round's global stages of the asking device; takes up again where a `range` header says."""
+    async def pull(self, request: Request, round: int, whole: bool = False, held: int = 0) -> FileResponse:
+        """The round's global stages of the asking device; takes up again where a `range` header says.
+
+        Where stages travel as differences, a device that holds those of the round before is sent no more than that.
+        """
         member = self._member(request)
         self._check_round(round, member)
         try:
@@ -215,6 +218,7 @@ class CoordinatorService:
                     f"{member.stage_key}-whole" if whole else member.stage_key,
                     client=member.client,
                     compressed=CONTENT_ENCODING in request.headers.get("accept-encoding", ""),
+                    difference=self._model.difference(round, held),
                 )
             num_bytes = path.stat().st_size
         except OSError as error:

@@ -137,7 +137,11 @@ class CohortClients:
             bytes_up = sum(self._traffic.whole_up(payload) for _, payload in decoded)
         else:
             bytes_up = len(updates) * self._traffic.whole_up({name: state[name] for name in self._pushed})
-        bytes_down = len(updates) * self._traffic.whole_down(handed_out.payload)
+        bytes_down = sum(
+            len(names) * self._traffic.whole_down(payload)
+            for payload, names in self._wire.payloads(handed_out, opening.cohort)
+            if names
+        )
         return Trained(updates=sent, bytes_up=bytes_up, bytes_down=bytes_down)
 
     def unreachable(self) -> frozenset[str]:

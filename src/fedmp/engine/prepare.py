@@ -363,6 +363,12 @@ def _plan_clients(job: Job, data: TrainTest) -> Prepared:
     model = build_model(job)
     example = example_input(data.train, job.batch_size)
     graph = trace_model(job, model, example)
+    scope = job.strategy.scope(graph.state)
+    if scope.fragments and job.downlink_channel({}).chain.keeps_estimate:
+        raise ConfigError(
+            f"downlink: EF21 sends differences to the round before, of which {type(job.strategy).__name__}'s clients "
+            f"have one of {len(scope.fragments)} fragments; leave ef21 out of downlink"
+        )
     alike: dict[str, ClientSetup] = {}
     clients = {}
     for client in job.topology.clients:
@@ -379,7 +385,7 @@ def _plan_clients(job: Job, data: TrainTest) -> Prepared:
         table=(),
         sample_shape=tuple(example.shape[1:]),
         sample_dtype=example.dtype,
-        scope=job.strategy.scope(graph.state),
+        scope=scope,
     )
 
 

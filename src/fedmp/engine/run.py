@@ -91,6 +91,7 @@ def _run(
         rule=job.strategy.server_rule,
         received=job.strategy.local_rule.received if job.strategy.local_rule else (),
         own=prepared.scope.own,
+        downlink=job.downlink_channel(prepared.specs),
     )
     checkpoints = CheckpointStore(directory.path / "checkpoints")
     before: tuple[RoundRecord, ...] = ()

@@ -229,10 +229,9 @@ class SimulatedClients:
             sat_out=lost,
             bytes_up=sum(arriving[name].num_bytes for name in counted),
             bytes_down=sum(
-                self._traffic.down(
-                    setup, handed_out.payload, round=round, is_first=not opening.states.get(setup.name)
-                )
-                for setup in begun
+                self._traffic.down(clients[name], payload, round=round, is_first=not opening.states.get(name))
+                for payload, names in self._wire.payloads(handed_out, [setup.name for setup in begun])
+                for name in names
             ),
             faults=faults,
             recoveries=recoveries,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,10 +24,12 @@ class HandedOut:
     Attributes:
         payload: as it travels.
         tensors: as clients have it then.
+        difference: as it travels to those who have the round before; None if that makes no difference.
     """
 
     payload: Mapping[str, torch.Tensor]
     tensors: Mapping[str, torch.Tensor]
+    difference: Mapping[str, torch.Tensor] | None = None
 
 
 class SimulatedWire:
@@ -43,11 +45,28 @@ class SimulatedWire:
         self._model = session.model
         self.uplink, self.downlink = job.uplink_channel(specs), job.downlink_channel(specs)
         self._states = StateStore(session.state_folder, is_durable=False)
+        self._pulled: frozenset[str] = frozenset()
 
     def hand_out(self, round: int) -> HandedOut:
         """The present global model, and what a strategy sends with it."""
+        self._model.open(round)
+        if self.downlink.chain.keeps_estimate:
+            whole = self._model.handed_out
+            difference = self._model.difference(round, round - 1)
+            return HandedOut(whole, whole, difference and self.downlink.replaced(whole, difference))
         payload, _ = self.downlink.encode(self._model.handed_out, {}, sender="", round=round)
         return HandedOut(payload, Wire("", self.uplink, self.downlink).unpack(payload, round=round))
+
+    def payloads(
+        self, handed_out: HandedOut, clients: Collection[str]
+    ) -> list[tuple[Mapping[str, torch.Tensor], tuple[str, ...]]]:
+        """Which clients receive what, of those who begin with a round; to be asked once in each round."""
+        had = self._pulled if handed_out.difference is not None else frozenset()
+        if self.downlink.chain.keeps_estimate:
+            self._pulled = frozenset(clients)
+        updated = tuple(client for client in clients if client in had)
+        others = tuple(client for client in clients if client not in had)
+        return [(handed_out.difference or {}, updated), (handed_out.payload, others)]
 
     def send(self, update: ClientUpdate, base: str) -> tuple[ClientUpdate, Mapping[str, torch.Tensor]]:
         """An update as the coordinator will have it, and as it travels.

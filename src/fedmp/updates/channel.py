@@ -169,6 +169,42 @@ class Channel:
         """All of these tensors from a payload."""
         return {name: self.decode(name, payload.__getitem__, sender=sender, round=round) for name in names}
 
+    def replaced(self, tensors: State, difference: State) -> dict[str, torch.Tensor]:
+        """A payload of these tensors in which those that both sides have an estimate of are told as differences.
+
+        Args:
+            tensors: the model's, whole.
+            difference: the payload that `encode` made of them, or of more.
+        """
+        estimated = set(self.estimated(tensors))
+        payload = {name: tensor for name, tensor in tensors.items() if name not in estimated}
+        return payload | {part: difference[part] for name in estimated for part in self.parts(name)}
+
+    def receive(self, payload: State, *, sender: str, round: int, held: State) -> dict[str, torch.Tensor]:
+        """All of the model's tensors from a payload in which some may be whole and some differences.
+
+        Args:
+            payload: as `replaced` made it, or whole tensors.
+            sender, round: as it was encoded with.
+            held: what was received before.
+
+        Raises:
+            PayloadError: the payload makes no sense, or nothing is held that a difference could be added to.
+        """
+        received = {}
+        names = dict.fromkeys(map(self.name_of, payload))
+        estimated = set(self.estimated(names))
+        for name in names:
+            if name not in estimated or self._is_whole(name, payload):
+                received[name] = payload[name]
+                continue
+            if name not in held:
+                raise PayloadError(f"{name} came as a difference to what was never received")
+            received[name] = self.decode(
+                name, payload.__getitem__, sender=sender, round=round, estimates=held.get
+            )
+        return received
+
     def check(
         self,
         name: str,
@@ -211,6 +247,10 @@ class Channel:
         """Whether one of the model's tensors travels as it is."""
         spec = self._specs[name]
         return self.parts(name) == {name: Part(spec.shape, spec.dtype)}
+
+    def _is_whole(self, name: str, payload: State) -> bool:
+        spec = self._specs[name]
+        return name in payload and not Part(spec.shape, spec.dtype).explain(payload[name])
 
     def _is_transformed(self, name: str) -> bool:
         spec = self._specs.get(name)
@@ -277,13 +317,13 @@ class Decoded(Mapping[str, torch.Tensor]):
 def _check_for_downlink(transforms: Sequence[Any], chain: Chain) -> None:
     if chain.clip is not None:
         raise ConfigError("downlink: Clip is for updates; global weights are not to be scaled")
-    if chain.keeps_estimate:
-        raise ConfigError("downlink: EF21 is for updates of clients that the coordinator knows")
+    if chain.keeps_estimate:  # which makes up for all that is left out
+        return
     for transform in transforms:
         if getattr(transform, "error_feedback", False):
             raise ConfigError(
                 f"downlink: {type(transform).__name__} leaves out most of a tensor and makes up for it in later "
-                f"updates; weights go out whole. Use bf16, fp16, int8 or int4"
+                f"updates; weights go out whole. Use bf16, fp16, int8 or int4, or let ef21 before it send differences"
             )
 
 
