@@ -219,7 +219,7 @@ def test_transforms_are_chosen_on_the_command_line(tmp_path: Path, overrides: tu
     [
         (
             ["transforms=[topkk]"],
-            "group transforms has no choice 'topkk'; there are bf16, clip, fp16, int4, int8",
+            "group transforms has no choice 'topkk'; there are bf16, clip, ef21, fp16, int4, int8",
         ),
         (["transforms=[topk]", "transforms.topk.fraction=5"], "transforms.topk.fraction is 5: "),
         (["transforms=[topk]", "transforms.topk.fracton=1"], "did you mean transforms.topk.fraction?"),
