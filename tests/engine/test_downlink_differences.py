@@ -56,7 +56,9 @@ def test_devices_and_simulated_clients_are_sent_the_same_and_the_whole_after_a_r
         assert (down < 0.1 * whole) == (set(record.clients) <= before)
         assert (down > 0.95 * whole) == before.isdisjoint(record.clients)
         before = set(record.clients)
-    assert min(downs) < 0.1 * whole < 0.4 * whole < max(downs[1:])  # all came again, and somebody had been away
+    assert (
+        min(downs) < 0.1 * whole < 0.4 * whole < max(downs[1:])
+    )  # all came again, and somebody had been away
 
 
 @pytest.mark.parametrize("engine", ["simulate", pytest.param("local", marks=pytest.mark.slow)])
