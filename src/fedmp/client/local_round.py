@@ -103,11 +103,22 @@ class LocalRound:
             TrainingError: the loss is not finite, or the weights are not in the end.
             PipelineError: another device of the client is gone.
         """
-        start = self._load(pulled, select(state, _OWN))
+        own = select(state, _OWN)
+        arriving = pulled if own and self._scope.delay_steps else {}
+        pulled = {} if arriving else pulled
+        start = self._load(pulled, own)
         work = self._work.of_round(self._client, round)
         evaluation = self._trainer.evaluate(round=round) if work.evaluate_first else BatchResult()
         started_s = time.monotonic()
-        training = self._trainer.train(round=round, pulled=pulled, state=state, on_step=on_step)
+
+        def after_step(step: int, samples_done: int, sums: BatchResult) -> None:
+            nonlocal pulled
+            if step + 1 == min(self._scope.delay_steps, training_steps) and arriving:
+                pulled = self._mix_in(arriving)
+            on_step(step, samples_done, sums)
+
+        training_steps = work.num_steps(self._num_samples)
+        training = self._trainer.train(round=round, pulled=pulled, state=state, on_step=after_step)
         trained = self._trained()
         base = {name: pulled[name] if name in pulled else state.get(_BASE + name) for name in trained}
         now = start if self._scope.is_overlapped else trained
@@ -145,6 +156,15 @@ class LocalRound:
         for stage in self._stages:
             stage.load_state({name: values[name] for name in stage.blueprint.state})
         return values
+
+    def _mix_in(self, pulled: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Mix what came in meanwhile into the present values; returns it."""
+        with torch.no_grad():
+            for stage in self._stages:
+                names = [name for name in stage.blueprint.state if name in pulled]
+                for name, tensor in zip(names, stage.state_tensors(names), strict=True):
+                    tensor.copy_(self._mixed(tensor, pulled[name].to(tensor.device)))
+        return pulled
 
     def _mixed(self, own: torch.Tensor, pulled: torch.Tensor) -> torch.Tensor:
         alpha = self._scope.mixing

@@ -26,12 +26,15 @@ class Scope:
         mixing: share of the client's own values when a fragment comes in; 0 takes the global ones.
         is_overlapped: push a fragment as it is when the round begins, so that it can travel while the round's
             steps are made.
+        delay_steps: steps that a client makes in a round before it takes in what comes in for it, so that this can
+            travel meanwhile.
     """
 
     own: frozenset[str] = frozenset()
     fragments: tuple[frozenset[str], ...] = ()
     mixing: float = 0.0
     is_overlapped: bool = False
+    delay_steps: int = 0
 
     @property
     def keeps_values(self) -> bool:
