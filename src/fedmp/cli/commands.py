@@ -56,7 +56,9 @@ def administer(name: str, arguments: list[str]) -> None:
 def run(arguments: list[str]) -> None:
     finished: list[Path] = []
     compose(arguments, lambda config: finished.append(_run_config(config)))
-    if len(finished) > 1:
+    from fedmp.engine.ranks import place_in_environment
+
+    if len(finished) > 1 and place_in_environment()[0] == 0:
         _show_comparison(finished, None)
 
 
@@ -176,13 +178,17 @@ def _run_config(config: RunConfig) -> Path:
     """Run a job; returns its run directory."""
     if config.paper is not None:
         return _run_paper(config)
+    from fedmp.engine.ranks import place_in_environment
     from fedmp.report import LogView, configure_logs, make_view
 
+    engine = config.make_engine()
+    # of several processes that simulate one job, the first speaks for all
+    is_quiet = config.quiet or (engine.name == "simulate" and place_in_environment()[0] > 0)
     if config.logs:
         configure_logs(config.logs)
-    with contextlib.nullcontext(LogView()) if config.logs else make_view(quiet=config.quiet) as view:
+    with contextlib.nullcontext(LogView()) if config.logs else make_view(quiet=is_quiet) as view:
         result = config.job().run(
-            config.make_engine(),
+            engine,
             run_dir=config.resume or config.run_dir,
             resume=config.resume is not None,
             observe=view,

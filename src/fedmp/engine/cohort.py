@@ -11,13 +11,14 @@ from fedmp.client import LocalWork
 from fedmp.coordinator import ClientUpdate, Opening, RoundSettings, Trained
 from fedmp.engine.at_once import ManyAtOnce, is_mean_by_samples
 from fedmp.engine.job import Job
+from fedmp.engine.ranked import RankedTrainer
 from fedmp.engine.session import Session
 from fedmp.engine.simulated_wire import SimulatedWire
 from fedmp.engine.traffic import Traffic
 from fedmp.engine.unplanned import Unplanned
 from fedmp.updates import trained_names
 
-__all__ = ["CohortClients", "cohort_settings", "local_counts"]
+__all__ = ["CohortClients", "Member", "cohort_settings", "local_counts"]
 
 
 def local_counts(job: Job) -> LocalWork:
@@ -87,7 +88,7 @@ class _Sizes(Mapping[str, int]):
 
 
 @dataclass(frozen=True, eq=False)
-class _Member:
+class Member:
     """A client without a plan, as a trainer knows it."""
 
     name: str
@@ -107,7 +108,7 @@ class CohortClients:
         trainer: trains them.
     """
 
-    def __init__(self, session: Session, trainer: ManyAtOnce) -> None:
+    def __init__(self, session: Session, trainer: ManyAtOnce | RankedTrainer) -> None:
         prepared = session.prepared
         assert isinstance(prepared, Unplanned)
         self._prepared, self._job, self._trainer = prepared, prepared.job, trainer
@@ -126,7 +127,7 @@ class CohortClients:
         rows = self._prepared.rows
         handed_out = self._wire.hand_out(opening.round)
         state = handed_out.tensors
-        cohort = [_Member(name, rows[name], self._work) for name in opening.cohort]
+        cohort = [Member(name, rows[name], self._work) for name in opening.cohort]
         updates = self._trainer.train(
             cohort, round=opening.round, states=opening.states, handed_out=state, keep=self._keeps
         )

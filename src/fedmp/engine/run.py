@@ -17,6 +17,7 @@ from fedmp.coordinator import Checkpoint, CheckpointStore, GlobalModel, Roster
 from fedmp.engine.central import CentralizedResult, train_centrally
 from fedmp.engine.job import Engine, Job, Result
 from fedmp.engine.prepare import Prepared
+from fedmp.engine.ranks import Ranks, begin, following, join_ranks, leading
 from fedmp.engine.session import Outcome, Session
 from fedmp.errors import ConfigError, ResumeError
 from fedmp.records import (
@@ -57,14 +58,36 @@ def run_job(
         module, name = _ENGINES[engine]
         made_engine: Engine = getattr(importlib.import_module(module), name)()
         engine = made_engine
+    settings = getattr(engine, "ranks", None)
+    with contextlib.nullcontext() if settings is None else join_ranks(settings) as ranks:
+        if ranks is None:
+            return _run_here(job, engine, None, run_dir, resume, observe, config)
+        if not ranks.is_first:
+            return _follow(job, engine, ranks)
+        with leading(ranks) as end:
+            result = _run_here(job, engine, ranks, run_dir, resume, observe, config)
+            end(*_told(result))
+        return result
+
+
+def _run_here(
+    job: Job,
+    engine: Engine,
+    ranks: Ranks | None,
+    run_dir: str | Path | None,
+    resume: bool,
+    observe: Observer | None,
+    config: Mapping[str, Any],
+) -> Result:
+    """Run a job in this process, which writes the run directory."""
     run_dir = Path(run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     try:
         directory = _directory(run_dir, resume=resume)
         if observe is not None:
-            return _run(job, engine, directory, resume, observe, config)
+            return _run(job, engine, ranks, directory, resume, observe, config)
         with make_view() as view:
-            return _run(job, engine, directory, resume, view, config)
+            return _run(job, engine, ranks, directory, resume, view, config)
     finally:
         with contextlib.suppress(OSError):
             for path in made:
@@ -74,6 +97,7 @@ def run_job(
 def _run(
     job: Job,
     engine: Engine,
+    ranks: Ranks | None,
     directory: RunDirectory,
     resume: bool,
     observe: Observer,
@@ -83,16 +107,7 @@ def _run(
     engine.warm_up()
     observe(Note("reading data, tracing the model, planning"))
     prepared = engine.prepare(job)
-    initial = prepared.initial_state().items()
-    model = GlobalModel(
-        prepared.specs,
-        {name: tensor.detach().clone() for name, tensor in initial},
-        job.server_optimizer or job.strategy.server_optimizer,
-        rule=job.strategy.server_rule,
-        received=job.strategy.local_rule.received if job.strategy.local_rule else (),
-        own=prepared.scope.own,
-        downlink=job.downlink_channel(prepared.specs),
-    )
+    model = _initial_model(prepared)
     checkpoints = CheckpointStore(directory.path / "checkpoints")
     before: tuple[RoundRecord, ...] = ()
     roster: Roster = {}
@@ -101,6 +116,8 @@ def _run(
     else:
         _begin(directory, checkpoints, prepared, model, config)
     first_round = before[-1].round + 1 if before else 1
+    if ranks is not None:
+        begin(ranks, prepared.fingerprint, directory.path)
 
     def tell(event: Event) -> None:
         if isinstance(event, RoundFinished):
@@ -134,6 +151,7 @@ def _run(
             config=config,
             late=before[-1].late if before else {},
             roster=roster,
+            ranks=ranks,
         )
     )
     records = (*before, *outcome.records)
@@ -146,6 +164,58 @@ def _run(
         summary=summary,
         plans=prepared.plans,
         run_dir=directory.path,
+    )
+
+
+def _follow(job: Job, engine: Engine, ranks: Ranks) -> Result:
+    """Train what rank 0 tells; returns its result."""
+    with following(ranks) as ready:
+        prepared = engine.prepare(job)
+        path = ready(prepared.fingerprint)
+    model = _initial_model(prepared)
+    head, state = engine.follow(  # type: ignore[attr-defined]
+        Session(
+            prepared=prepared,
+            model=model,
+            checkpoints=CheckpointStore(path / "checkpoints"),
+            journal_folder=path / "journal",
+            state_folder=path / "state",
+            first_round=1,
+            ranks=ranks,
+        )
+    )
+    for name, tensor in state.items():
+        model.state[name].copy_(tensor)
+    return Result(
+        history=tuple(map(RoundRecord.model_validate_json, head["history"])),
+        model=_final_model(prepared, model),
+        summary=Summary.model_validate_json(head["summary"]),
+        plans=prepared.plans,
+        run_dir=path,
+    )
+
+
+def _told(result: Result) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A result as the other ranks are told."""
+    head = {
+        "history": [record.model_dump_json() for record in result.history],
+        "summary": result.summary.model_dump_json(),
+    }
+    # by canonical name alone: one that is tied has others, too
+    named = [*result.model.named_parameters(), *result.model.named_buffers()]
+    return head, {name: tensor.detach() for name, tensor in named}
+
+
+def _initial_model(prepared: Prepared) -> GlobalModel:
+    job = prepared.job
+    return GlobalModel(
+        prepared.specs,
+        {name: tensor.detach().clone() for name, tensor in prepared.initial_state().items()},
+        job.server_optimizer or job.strategy.server_optimizer,
+        rule=job.strategy.server_rule,
+        received=job.strategy.local_rule.received if job.strategy.local_rule else (),
+        own=prepared.scope.own,
+        downlink=job.downlink_channel(prepared.specs),
     )
 
 

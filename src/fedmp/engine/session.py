@@ -25,6 +25,7 @@ from fedmp.coordinator import (
 from fedmp.data import Dataset
 from fedmp.engine.attacked import AttackedClients
 from fedmp.engine.prepare import Prepared
+from fedmp.engine.ranks import Ranks
 from fedmp.errors import RoundError
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
 from fedmp.records import DeviceReport, Observer, RoundRecord, TimedAction
@@ -58,6 +59,7 @@ class Session:
         first_round: the round to begin with.
         late: clients that go on with an earlier round, as the run before left them.
         roster: what the coordinator remembers of the clients.
+        ranks: the processes that simulate the job together; None for one by itself.
         started_s: `time.monotonic()` when the run began.
         simulated_s: seconds on the clock of the simulation, of the rounds before the first.
         observe: told of everything.
@@ -76,6 +78,7 @@ class Session:
     config: Mapping[str, Any] = field(default_factory=dict)
     late: Mapping[str, int] = field(default_factory=dict)
     roster: Roster = field(default_factory=dict)
+    ranks: Ranks | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -18,11 +18,14 @@ from fedmp.component import Component
 from fedmp.coordinator import Clients, ClientUpdate, Opening, Trained
 from fedmp.engine.arrivals import Arrivals, predict_arrivals
 from fedmp.engine.at_once import ManyAtOnce, deals_out_fragments, is_mean_by_samples, try_out, why_one_by_one
-from fedmp.engine.cohort import CohortClients, cohort_settings
+from fedmp.engine.cohort import CohortClients, Member, cohort_settings, local_counts
+from fedmp.engine.cohort_updates import Trainee
 from fedmp.engine.held import Held, HeldUpdates
 from fedmp.engine.job import Job
 from fedmp.engine.paced import PacedCheckpoints
 from fedmp.engine.prepare import ClientSetup, Prepared, build_model, load_and_split, plan_split
+from fedmp.engine.ranked import RankedTrainer, serve
+from fedmp.engine.ranks import Message, Ranks, RankSettings
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
 from fedmp.engine.simulated_time import SimulatedTime
 from fedmp.engine.simulated_wire import SimulatedWire
@@ -47,12 +50,14 @@ class SimulateEngine(Component):
         chunk: clients at once; None for as many as fit the cache.
         workers: threads that train chunks; None for as many as torch uses.
         checkpoint_s: seconds between checkpoints where many clients are trained at once; 0 for one a round.
+        ranks: how several processes talk, if torchrun or srun started them.
     """
 
     cohort: Literal["auto", "vectorized", "sequential"] = "auto"
     chunk: int | None = Field(default=None, ge=1)
     workers: int | None = Field(default=None, ge=1)
     checkpoint_s: float = Field(default=2.0, ge=0)
+    ranks: RankSettings = RankSettings()
 
     @property
     def name(self) -> str:
@@ -99,19 +104,22 @@ class SimulateEngine(Component):
             session.observe(Note(note))
         if session.prepared.probe is not None:
             return self._run_at_once(session)
-        clients = SimulatedClients(session, OneByOne(session))
+        clients = SimulatedClients(session, _with_ranks(session, OneByOne(session)))
         startup_s = time.monotonic() - session.started_s
         return Outcome(run_session(session, round_settings(session), clients), startup_s)
 
     def _run_at_once(self, session: Session) -> Outcome:
         trainer = ManyAtOnce(session, chunk=self.chunk, workers=self.workers)
         told = f"clients are trained {trainer.chunk} at once by {trainer.workers} threads"
+        if session.ranks is not None:
+            told += f" of each of {session.ranks.size} processes"
+        everyone = _with_ranks(session, trainer)
         clients: Clients
         if isinstance(session.prepared, Unplanned):
-            clients, settings = CohortClients(session, trainer), cohort_settings(session)
+            clients, settings = CohortClients(session, everyone), cohort_settings(session)
             told += ", without plans: simulated times are 0, and engine.cohort=sequential predicts them"
         else:
-            clients, settings = SimulatedClients(session, trainer), round_settings(session)
+            clients, settings = SimulatedClients(session, everyone), round_settings(session)
         session.observe(Note(told))
         if not _remembers(session.prepared):
             paced = PacedCheckpoints(
@@ -121,6 +129,31 @@ class SimulateEngine(Component):
         startup_s = time.monotonic() - session.started_s
         try:
             return Outcome(run_session(session, settings, clients), startup_s)
+        finally:
+            trainer.close()
+
+    def follow(self, session: Session) -> Message:
+        """Train what rank 0 tells, until the job is over; for the other ranks.
+
+        Returns:
+            What rank 0 says at the end.
+
+        Raises:
+            RoundError: the job has failed, or a rank is lost.
+        """
+        prepared, ranks = session.prepared, session.ranks
+        assert ranks is not None
+        if isinstance(prepared, Unplanned):
+            work = local_counts(prepared.job)
+            return self._serve(session, ranks, lambda name: Member(name, prepared.rows[name], work))
+        return self._serve(session, ranks, lambda name: prepared.clients[name])
+
+    def _serve(self, session: Session, ranks: Ranks, member: Callable[[str], Trainee]) -> Message:
+        if session.prepared.probe is None:
+            return serve(ranks, OneByOne(session), member)
+        trainer = ManyAtOnce(session, chunk=self.chunk, workers=self.workers)
+        try:
+            return serve(ranks, trainer, member)
         finally:
             trainer.close()
 
@@ -332,6 +365,11 @@ def _by_itself(held: Held) -> Held:
     """A late update with tensors of its own, so that it does not keep those of its cohort in memory."""
     tensors = {name: tensor.clone() for name, tensor in held.update.items()}
     return replace(held, update=replace(held.update, tensors=tensors))
+
+
+def _with_ranks(session: Session, trainer: ManyAtOnce | OneByOne) -> Any:
+    """The trainer, or all ranks' if there are several."""
+    return trainer if session.ranks is None else RankedTrainer(session.ranks, trainer)
 
 
 def _needs_plans(job: Job, model: nn.Module) -> bool:
