@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fedmp.client.emulation import Emulation, SlowFederation, SlowTransport
+from fedmp.client.exchange import Exchange, GuessedWrongError
 from fedmp.client.federation import Federation, HttpFederation
 from fedmp.client.local_round import LocalRound
 from fedmp.client.meeting import Meeting, Place, meet, stages_text
@@ -242,6 +243,8 @@ class _Device:
             if error.status != _ROUND_IS_OVER:
                 raise
             # the round was closed without this client, or an acknowledgement got lost and its update was in
+        except GuessedWrongError:
+            pass  # what it says instead is asked for again
         except PipelineError as error:
             self._break_off(error)
             self._wait_for_news()
@@ -334,14 +337,53 @@ class _Device:
             self._meeting = None
 
     def _train(self, round: int, base: str) -> None:
-        """Train a round from the state that the coordinator names."""
+        """Train a round from the state that the coordinator names, and begin with the next as far as it may."""
+        exchange: Exchange | None = None
+        try:
+            while True:
+                push, key = self._train_one(round, base, exchange)
+                if not self._goes_on(round):
+                    return push()
+                round, base = round + 1, key
+                exchange = Exchange(
+                    push,
+                    ask=self._ask,
+                    is_expected=partial(self._is_next, round, key),
+                    pull=partial(self._pull, round, whole=False),
+                )
+        finally:
+            if exchange is not None:
+                exchange.abandon()
+
+    def _goes_on(self, round: int) -> bool:
+        """Whether the next round's first steps need nothing of the coordinator."""
+        work = self._spec.work
+        return work.scope.delay_steps > 0 and round < work.num_rounds and self._saboteur is None
+
+    def _is_next(self, round: int, key: str, instruction: Instruction) -> bool:
+        """Whether the coordinator lets this device go on with a round as it has begun it."""
+        return (
+            instruction.kind == "train"
+            and (instruction.round, instruction.state) == (round, key)
+            and instruction.generation <= self._generation
+        )
+
+    def _train_one(self, round: int, base: str, exchange: Exchange | None) -> tuple[Callable[[], None], str]:
+        """Train a round; returns how to hand its update in, and the key of the state that it left.
+
+        Args:
+            round: its number.
+            base: key of the state to start from.
+            exchange: brings what the coordinator hands out, once that is needed; None if it is to be pulled first.
+        """
         assert self._runner is not None
+        self.round = round
         client, generation = self._spec.client, self._meeting.address.generation if self._meeting else ""
         kept = self._store.load(client, base, wanted=self._local.concerns)
         if base and self._keeps_state and not kept:
             _log.warning("what %s kept of round %s is not here; it begins anew", client, base)
         state = self._local.usable(kept, key=base, round=round)
-        pulled = self._pull(round, whole=self._local.needs_whole(state))
+        pulled = exchange.result if exchange else self._pull(round, whole=self._local.needs_whole(state))
         bytes_before = self._runner.bytes_sent
         result = self._local.run(pulled, state, round=round, on_step=self._step_watcher(self._runner, round))
         report = result.report.model_copy(
@@ -362,7 +404,7 @@ class _Device:
         # before the update is handed in: once that counts, the next round starts from this
         key = state_key(round, generation)
         self._store.save(client, key, self._spec.device, {**result.state, **sent}, base=base)
-        self._push(round, payload, report)
+        return partial(self._push, round, payload, report), key
 
     @property
     def _keeps_state(self) -> bool:

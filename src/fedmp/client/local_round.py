@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -85,7 +86,7 @@ class LocalRound:
 
     def run(
         self,
-        pulled: Mapping[str, torch.Tensor],
+        pulled: Mapping[str, torch.Tensor] | Callable[[], Mapping[str, torch.Tensor]],
         state: ClientState,
         *,
         round: int,
@@ -94,7 +95,8 @@ class LocalRound:
         """Train for one round.
 
         Args:
-            pulled: the round's global stages, as far as they travel, and the server's slots.
+            pulled: the round's global stages, as far as they travel, and the server's slots; or a function that waits
+                for them, called when they are needed.
             state: what the client kept and can use.
             round: its number.
             on_step: called after each step with its number, the samples done so far, and the sums so far.
@@ -104,23 +106,24 @@ class LocalRound:
             PipelineError: another device of the client is gone.
         """
         own = select(state, _OWN)
-        arriving = pulled if own and self._scope.delay_steps else {}
-        pulled = {} if arriving else pulled
-        start = self._load(pulled, own)
+        fetch = pulled if callable(pulled) else partial(dict, pulled)
+        is_late = bool(own) and self._scope.delay_steps > 0
+        received = {} if is_late else fetch()
+        start = self._load(received, own)
         work = self._work.of_round(self._client, round)
         evaluation = self._trainer.evaluate(round=round) if work.evaluate_first else BatchResult()
         started_s = time.monotonic()
 
         def after_step(step: int, samples_done: int, sums: BatchResult) -> None:
-            nonlocal pulled
-            if step + 1 == min(self._scope.delay_steps, training_steps) and arriving:
-                pulled = self._mix_in(arriving)
+            nonlocal received
+            if is_late and step + 1 == min(self._scope.delay_steps, training_steps):
+                received = self._mix_in(fetch())
             on_step(step, samples_done, sums)
 
         training_steps = work.num_steps(self._num_samples)
-        training = self._trainer.train(round=round, pulled=pulled, state=state, on_step=after_step)
+        training = self._trainer.train(round=round, pulled=received, state=state, on_step=after_step)
         trained = self._trained()
-        base = {name: pulled[name] if name in pulled else state.get(_BASE + name) for name in trained}
+        base = {n: received[n] if n in received else state.get(_BASE + n) for n in trained}
         now = start if self._scope.is_overlapped else trained
         pushed = self._scope.pushed(trained, round)
         report = DeviceReport(

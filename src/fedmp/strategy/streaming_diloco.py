@@ -8,7 +8,9 @@ from its own weights. When a fragment's new global values x_p come in, the clien
 
 *Overlap.* With `delay_steps`, the paper's tau (section 2.3), a client sends a fragment at the end of round t and goes
 on at once: it makes the first tau steps of round t+1 from its own weights, and only then sets y_p as above, with y_p
-what these steps have made of it. In the meantime the fragment may travel, be aggregated and come back.
+what these steps have made of it. In the meantime the fragment travels, is aggregated and comes back: devices hand in,
+wait and pull on another thread (fedmp/client/exchange.py), from the state that they have saved, so that nothing is
+lost if the round is closed otherwise.
 
 With `overlap`, a round's update is the fragment as it was when the round began,
 
