@@ -18,7 +18,7 @@ from torch import nn
 from fedmp.coordinator.received import ReceivedModel
 from fedmp.errors import ResumeError
 from fedmp.graph import StateSpec
-from fedmp.strategy import Combine, Contribution, ServerRule, Slots, received_name
+from fedmp.strategy import Combine, Contribution, ServerRound, ServerRule, Slots, received_name
 from fedmp.updates import Channel, apply_update
 
 __all__ = ["GlobalModel", "OptimizerFactory"]
@@ -131,12 +131,7 @@ class GlobalModel:
             self.apply(combine(updates, weights))
             return
         update, self._slots = self._rule.step(
-            updates,
-            weights,
-            combine=combine,
-            parameters=self._shared,
-            slots=self._slots,
-            num_clients=num_clients,
+            ServerRound(updates, weights, combine, self._shared, self._slots, num_clients)
         )
         self.apply(update)
 

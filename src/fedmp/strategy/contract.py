@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedmp.graph import StateSpec
-from fedmp.strategy.rules import Contribution, LocalRule, ServerRule, Slots
+from fedmp.strategy.rules import Contribution, LocalRule, ServerRound, ServerRule, Slots
 from fedmp.strategy.selection import ClientFacts, Selection
 from fedmp.strategy.strategy import Strategy
 
@@ -251,12 +251,7 @@ class _Server:
             return _mean(updates, weights)
         before = copy.deepcopy(self._slots)
         update, after = rule.step(
-            updates,
-            weights,
-            combine=_mean,
-            parameters=frozenset(self._names),
-            slots=self._slots,
-            num_clients=len(_CLIENTS),
+            ServerRound(updates, weights, _mean, frozenset(self._names), self._slots, len(_CLIENTS))
         )
         assert set(after) == set(rule.slots), f"step() returned slots {sorted(after)}, it says {rule.slots}"
         for slot, tensors in before.items():

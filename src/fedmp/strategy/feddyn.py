@@ -15,7 +15,7 @@ the job's aggregator's; clients make the local steps that the job says instead o
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 
 from fedmp.strategy.fedavg import FedAvg
-from fedmp.strategy.rules import Combine, Contribution, LocalRule, ServerRule, Slots
+from fedmp.strategy.rules import LocalRule, ServerRound, ServerRule, Slots
 
 __all__ = ["DynamicCorrection", "DynamicRegularizer", "FedDyn"]
 
@@ -78,21 +78,12 @@ class DynamicCorrection:
     alpha: float
     slots: tuple[str, ...] = (_DRIFT,)
 
-    def step(
-        self,
-        updates: Sequence[Contribution],
-        weights: Sequence[float],
-        *,
-        combine: Combine,
-        parameters: Container[str],
-        slots: Slots,
-        num_clients: int,
-    ) -> tuple[dict[str, torch.Tensor], Slots]:
+    def step(self, round: ServerRound) -> tuple[dict[str, torch.Tensor], Slots]:
         """`mean - h' / alpha`, and `h' = h - alpha |P|/m mean`."""
-        update, share = combine(updates, weights), len(updates) / num_clients
+        update = round.combined()
         drift = {
-            name: h.sub(update[name], alpha=self.alpha * share) if name in update else h
-            for name, h in slots[_DRIFT].items()
+            name: h.sub(update[name], alpha=self.alpha * round.share) if name in update else h
+            for name, h in round.slots[_DRIFT].items()
         }
         for name, h in drift.items():
             if name in update:

@@ -17,14 +17,13 @@ averaged as they are. The momentum at the server that the authors' code has is t
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from fedmp.strategy.fedavg import FedAvg
-from fedmp.strategy.rules import Combine, Contribution, Scaled, ServerRule, Slots
+from fedmp.strategy.rules import Scaled, ServerRound, ServerRule, Slots
 
 __all__ = ["FedNova", "NormalisedMean"]
 
@@ -35,23 +34,15 @@ class NormalisedMean:
 
     slots: tuple[str, ...] = ()
 
-    def step(
-        self,
-        updates: Sequence[Contribution],
-        weights: Sequence[float],
-        *,
-        combine: Combine,
-        parameters: Container[str],
-        slots: Slots,
-        num_clients: int,
-    ) -> tuple[dict[str, torch.Tensor], Slots]:
+    def step(self, round: ServerRound) -> tuple[dict[str, torch.Tensor], Slots]:
         """`sum(p_i R_i) * combine(update_i / R_i)`."""
+        updates, weights = round.updates, round.weights
         total = sum(weights)
         mean_rate = sum(w / total * update.rate_sum for w, update in zip(weights, updates, strict=True))
-        direction = combine(
-            [Scaled(update, 1.0 / update.rate_sum, parameters) for update in updates], weights
+        direction = round.combine(
+            [Scaled(update, 1.0 / update.rate_sum, round.parameters) for update in updates], weights
         )
-        return dict(Scaled(direction, mean_rate, parameters)), slots
+        return dict(Scaled(direction, mean_rate, round.parameters)), round.slots
 
 
 class FedNova(FedAvg):

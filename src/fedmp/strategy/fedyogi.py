@@ -10,28 +10,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from pydantic import Field
-
-from fedmp.strategy.fedavg import FedAvg
+from fedmp.strategy.adaptive import AdaptiveServer
 from fedmp.strategy.strategy import ServerOptimizer
 from fedmp.strategy.yogi import Yogi
 
 __all__ = ["FedYogi"]
 
 
-class FedYogi(FedAvg):
-    """FedAvg with Yogi at the server, whose step sizes grow back slowly.
-
-    Args:
-        server_rate: learning rate of the server, eta.
-        beta1, beta2: decay of the first and the second moment.
-        tau: how adaptive: large values come close to FedAvg with momentum.
-    """
-
-    server_rate: float = Field(default=0.01, gt=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-    tau: float = Field(default=1e-3, gt=0)
+class FedYogi(AdaptiveServer):
+    """FedAvg with Yogi at the server, whose step sizes grow back slowly. Fields as `AdaptiveServer` has them."""
 
     @property
     def server_optimizer(self) -> ServerOptimizer | None:

@@ -14,7 +14,6 @@ Where we differ: buffers take the plain mean. The sum in the numerator is the jo
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +21,7 @@ import torch
 from pydantic import Field
 
 from fedmp.strategy.fedavg import FedAvg
-from fedmp.strategy.rules import Combine, Contribution, Scaled, ServerRule, Slots
+from fedmp.strategy.rules import Scaled, ServerRound, ServerRule, Slots
 
 __all__ = ["FairMean", "QFedAvg"]
 
@@ -42,26 +41,18 @@ class FairMean:
     lipschitz: float | None = None
     slots: tuple[str, ...] = ()
 
-    def step(
-        self,
-        updates: Sequence[Contribution],
-        weights: Sequence[float],
-        *,
-        combine: Combine,
-        parameters: Container[str],
-        slots: Slots,
-        num_clients: int,
-    ) -> tuple[dict[str, torch.Tensor], Slots]:
+    def step(self, round: ServerRound) -> tuple[dict[str, torch.Tensor], Slots]:
         """`combine(updates, F^q) * L sum F^q / sum h`."""
+        updates, parameters = round.updates, round.parameters
         scale = self.lipschitz or sum(u.num_steps for u in updates) / sum(u.rate_sum for u in updates)
         powers, curvature = [], 0.0
-        for weight, update in zip(weights, updates, strict=True):
+        for weight, update in zip(round.weights, updates, strict=True):
             loss = (update.start_loss or 0.0) + _SMALLEST
             powers.append(weight * loss**self.q)
             norm = scale**2 * sum(_square_sum(update[name]) for name in update if name in parameters)
             curvature += weight * (self.q * loss ** (self.q - 1) * norm + scale * loss**self.q)
-        mean = combine(updates, powers)
-        return dict(Scaled(mean, scale * sum(powers) / curvature, parameters)), slots
+        mean = round.combine(updates, powers)
+        return dict(Scaled(mean, scale * sum(powers) / curvature, parameters)), round.slots
 
 
 class QFedAvg(FedAvg):

@@ -20,6 +20,7 @@ __all__ = [
     "Contribution",
     "LocalRule",
     "Scaled",
+    "ServerRound",
     "ServerRule",
     "Slots",
     "kept_name",
@@ -137,6 +138,38 @@ class Contribution(Mapping[str, torch.Tensor]):
         """Mean loss of the round's starting model on its data; None where that was not asked for."""
 
 
+@dataclass(frozen=True, eq=False)
+class ServerRound:
+    """What a round has brought, and what the server has to make something of it.
+
+    Attributes:
+        updates: of the clients that finished, in client order; take them one tensor at a time.
+        weights: of the clients, as the strategy weighs them.
+        combine: the job's aggregator; a rule that combines by nothing else works with every one, and is as
+            robust as it is.
+        parameters: names of the trained parameters; an update holds buffers beside them, such as batch-norm
+            statistics, which are averaged and nothing else.
+        slots: the present state of each trained parameter.
+        num_clients: of the whole job.
+    """
+
+    updates: Sequence[Contribution]
+    weights: Sequence[float]
+    combine: Combine
+    parameters: Container[str]
+    slots: Slots
+    num_clients: int
+
+    @property
+    def share(self) -> float:
+        """Of the job's clients, those whose updates these are."""
+        return len(self.updates) / self.num_clients
+
+    def combined(self) -> dict[str, torch.Tensor]:
+        """The aggregator's result."""
+        return self.combine(self.updates, self.weights)
+
+
 @runtime_checkable
 class ServerRule(Protocol):
     """Makes one update of the clients', at the coordinator."""
@@ -146,28 +179,8 @@ class ServerRule(Protocol):
         """State that it keeps for each trained parameter; saved with every checkpoint."""
         ...
 
-    def step(
-        self,
-        updates: Sequence[Contribution],
-        weights: Sequence[float],
-        *,
-        combine: Combine,
-        parameters: Container[str],
-        slots: Slots,
-        num_clients: int,
-    ) -> tuple[dict[str, torch.Tensor], Slots]:
-        """The update to apply, and the state after it.
-
-        Args:
-            updates: of the clients that finished, in client order; take them one tensor at a time.
-            weights: of the clients, as the strategy weighs them.
-            combine: the job's aggregator; a rule that combines by nothing else works with every one, and is as
-                robust as it is.
-            parameters: names of the trained parameters; an update holds buffers beside them, such as batch-norm
-                statistics, which are averaged and nothing else.
-            slots: the present state of each trained parameter.
-            num_clients: of the whole job.
-        """
+    def step(self, round: ServerRound) -> tuple[dict[str, torch.Tensor], Slots]:
+        """The update to apply, and the state after it."""
         ...
 
 

@@ -20,14 +20,14 @@ weighted mean. Both means are the job's aggregator's. The server's step eta_g is
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from fedmp.strategy.fedavg import FedAvg
-from fedmp.strategy.rules import Combine, Contribution, LocalRule, Scaled, ServerRule, Slots
+from fedmp.strategy.rules import LocalRule, Scaled, ServerRound, ServerRule, Slots
 
 __all__ = ["ControlVariates", "MeanControl", "Scaffold"]
 
@@ -71,26 +71,16 @@ class MeanControl:
 
     slots: tuple[str, ...] = (_CONTROL,)
 
-    def step(
-        self,
-        updates: Sequence[Contribution],
-        weights: Sequence[float],
-        *,
-        combine: Combine,
-        parameters: Container[str],
-        slots: Slots,
-        num_clients: int,
-    ) -> tuple[dict[str, torch.Tensor], Slots]:
+    def step(self, round: ServerRound) -> tuple[dict[str, torch.Tensor], Slots]:
         """The mean update, and `c - |S|/N (c + mean(update / R_i))`."""
-        control = slots[_CONTROL]
-        drifts = [Scaled(update, 1.0 / update.rate_sum, parameters) for update in updates]
-        drift = combine(drifts, [1.0] * len(updates))
-        share = len(updates) / num_clients
+        control, share = round.slots[_CONTROL], round.share
+        drifts = [Scaled(update, 1.0 / update.rate_sum, round.parameters) for update in round.updates]
+        drift = round.combine(drifts, [1.0] * len(drifts))
         moved = {
             name: (c - share * (c + drift[name])).to(c.dtype) if name in drift else c
             for name, c in control.items()
         }
-        return combine(updates, weights), {_CONTROL: moved}
+        return round.combined(), {_CONTROL: moved}
 
 
 class Scaffold(FedAvg):
