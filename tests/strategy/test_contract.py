@@ -30,6 +30,7 @@ STRATEGIES = [
     s.QFedAvg(q=0),
     s.DiLoCo(),
     s.StreamingDiLoCo(),
+    s.FedNova(mu=0.1),
     s.StreamingDiLoCo(fragments=2, strided=False, overlap=False),
     s.FedBN(),
     s.FedBuff(buffer_size=2),

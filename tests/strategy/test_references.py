@@ -154,14 +154,19 @@ def scaffold(reference: Reference) -> Tensors:
     return reference.state
 
 
-def fednova(reference: Reference, rho: float) -> Tensors:
+def fednova(reference: Reference, rho: float, mu: float = 0.0) -> Tensors:
+    def pulled(name: str, gradient: torch.Tensor, w: torch.Tensor, w0: torch.Tensor) -> torch.Tensor:
+        return gradient + mu * (w - w0)
+
     for round in range(1, 5):
-        locals = [reference.train(client, round, plain, rho) for client in reference.cohort(round)]
+        locals = [reference.train(client, round, pulled, rho) for client in reference.cohort(round)]
         total = sum(local.num_samples for local in locals)
         shares = [local.num_samples / total for local in locals]
         norms = [
             (local.num_steps - rho * (1 - rho**local.num_steps) / (1 - rho)) / (1 - rho) for local in locals
         ]
+        if mu:  # table 1, without momentum
+            norms = [(1 - (1 - 0.1 * mu) ** local.num_steps) / (0.1 * mu) for local in locals]
         tau = sum(share * norm for share, norm in zip(shares, norms, strict=True))
         directions = [
             {name: tensor / norm for name, tensor in local.change.items()}
@@ -220,6 +225,11 @@ CASES: dict[str, tuple[s.Strategy, float, Callable[[Reference], Tensors]]] = {
     "scaffold": (s.Scaffold(local_epochs=2, fraction=0.5, effort=STRAGGLERS), 0.0, scaffold),
     "fednova": (s.FedNova(local_epochs=2, fraction=0.5, effort=STRAGGLERS), 0.0, lambda r: fednova(r, 0.0)),
     "fednova with momentum": (s.FedNova(fraction=0.5, effort=STRAGGLERS), 0.9, lambda r: fednova(r, 0.9)),
+    "fednova with a pull": (
+        s.FedNova(mu=0.7, local_epochs=2, fraction=0.5, effort=STRAGGLERS),
+        0.0,
+        lambda r: fednova(r, 0.0, 0.7),
+    ),
     "feddyn": (s.FedDyn(alpha=0.2, fraction=0.5), 0.0, lambda r: feddyn(r, 0.2)),
     "q-fedavg": (s.QFedAvg(q=2.0, fraction=0.5), 0.0, lambda r: qfedavg(r, 2.0)),
 }
