@@ -208,6 +208,18 @@ def test_a_device_that_was_lost_before_it_came_up_again_costs_no_further_attempt
     assert (board.faults, board.recoveries) == (2, 1)
 
 
+def test_a_pipeline_that_breaks_off_a_round_which_was_closed_without_it_meets_anew_and_fails_nothing() -> (
+    None
+):
+    board = opened()  # where nothing heals
+    board.close_round(["bob"])
+    board.failed(MEMBERS["ann0"], lost())
+    board.open_round(4, ("ann", "bob"))
+    assert board.wait_for_cohort(timeout_s=0) is False
+    told = board.instruction_for(MEMBERS["ann0"])
+    assert (told.round, told.generation, told.attempt) == (4, 1, 1)
+
+
 def test_a_nudge_ends_one_wait_before_its_time() -> None:
     board = opened("ann")
     board.nudge()

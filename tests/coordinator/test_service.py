@@ -307,9 +307,20 @@ def test_a_message_that_is_too_long_is_refused(server: Coordinator) -> None:
 def test_progress_of_the_open_round_is_shown_and_of_another_one_is_not(server: Coordinator) -> None:
     report = ProgressReport(round=1, samples_done=3, samples_total=9, loss=0.5)
     device = HttpFederation(server.service.url, "ann1")
-    device.progress(report)
-    device.progress(report.model_copy(update={"round": 7, "samples_done": 9}))
+    assert device.progress(report)
+    assert not device.progress(report.model_copy(update={"round": 7, "samples_done": 9}))
     assert server.board.progress() == {"ann": report}
+
+
+def test_a_device_whose_round_was_closed_without_it_is_told_not_to_go_on(server: Coordinator) -> None:
+    report = ProgressReport(round=1, samples_done=3, samples_total=9, loss=0.5)
+    ann, bob = HttpFederation(server.service.url, "ann1"), HttpFederation(server.service.url, "bob1")
+    late = server.board.close_round(["ann"], oldest=1)
+    assert late == {"bob": 1}
+    assert bob.progress(report), "its update will count for a later round"
+    assert not ann.progress(report)
+    server.board.close_round()
+    assert not bob.progress(report)
 
 
 def test_an_instruction_is_held_back_until_there_is_news(server: Coordinator) -> None:

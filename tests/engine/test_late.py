@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from fedmp.records import Event, Fault, RoundFinished
 from fedmp.seeds import derive_seed
 from fedmp.strategy import FedAvg, FedBuff
 from tests.engine.test_oracles import FLOAT64, initial, split_data
-from tests.support.jobs import TINY_CNN, assert_same, images, run, tiny_job, topology, weights
+from tests.support.jobs import TINY_CNN, assert_same, images, run, sgd, tiny_job, topology, weights
 
 Times = Callable[[str, int], float]
 
@@ -217,6 +220,41 @@ def test_at_its_deadline_a_round_over_real_processes_closes_with_the_minimum(tmp
     assert result.history[0].sat_out == ("c1",)
     assert result.summary.wall_s < 45
     assert_same(weights(result), replayed(job, [{"c0": 1, "c2": 1}]), **FLOAT64)
+
+
+class Counted(torch.optim.SGD):
+    """Writes down whose step each is."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor], *, log: Path, lr: float) -> None:
+        super().__init__(parameters, lr=lr)
+        self._log = log
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        with self._log.open("a") as file:
+            file.write(f"{multiprocessing.current_process().name}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heal", [True, False])
+def test_devices_whose_update_can_no_longer_count_break_off_and_train_the_next_round(
+    heal: bool, tmp_path: Path
+) -> None:
+    """c1 hears after its first step that the round is over: it makes no other, and all of those of round 2."""
+    strategy = FedAvg(local_steps=3, min_clients=1, deadline_s=0.5)
+    late = Fault(device="c1/d1", round=1, phase="between", step=0, kind="delay", delay_s=9.0)
+    job = replace(JOB, topology=topology(1, 2), rounds=2, strategy=strategy, optimizer=sgd(0.05))
+    counted = replace(
+        job,
+        optimizer=partial(Counted, log=tmp_path / "steps", lr=0.05),
+        faults=(delay("c0/d0", 1, 4.0), late, delay("c0/d0", 2, 60.0)),  # c1 has begun when the round closes
+    )
+    result = run(counted, tmp_path / "run", LocalEngine(heal=heal, silence_timeout_s=60))
+    assert taken(result) == [{"c0": 1}, {"c1": 2}]
+    assert (result.summary.faults, result.summary.recoveries) == (0, 0)
+    steps = (tmp_path / "steps").read_text().split("\n")
+    assert [steps.count(f"fedmp {name}") for name in ("c0/d0", "c1/d0", "c1/d1")] == [3, 4, 4]
+    assert_same(weights(result), replayed(job, [{"c0": 1}, {"c1": 2}]), **FLOAT64)
 
 
 def test_late_clients_over_real_processes_count_as_in_the_simulation(tmp_path: Path) -> None:

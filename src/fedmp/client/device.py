@@ -16,7 +16,7 @@ import torch
 
 from fedmp.client.emulation import Emulation, SlowFederation, SlowTransport
 from fedmp.client.exchange import Exchange, GuessedWrongError
-from fedmp.client.federation import Federation, HttpFederation
+from fedmp.client.federation import ROUND_IS_OVER, Federation, HttpFederation
 from fedmp.client.local_round import LocalRound
 from fedmp.client.meeting import Meeting, Place, meet, stages_text
 from fedmp.client.sabotage import Saboteur
@@ -45,7 +45,6 @@ __all__ = ["DeviceSpec", "heartbeat", "run_device", "serve_job"]
 
 _TIMELINE_STEP = 1
 _PROGRESS_S = 0.5
-_ROUND_IS_OVER = 409
 _ASK_AGAIN_S = 0.05
 _COPIES = 4  # of its tensors' bytes: a body may hold a strategy's slots beside them
 
@@ -240,7 +239,7 @@ class _Device:
         except _GenerationIsOverError:
             self._leave()
         except RefusedError as error:
-            if error.status != _ROUND_IS_OVER:
+            if error.status != ROUND_IS_OVER:
                 raise
             # the round was closed without this client, or an acknowledgement got lost and its update was in
         except GuessedWrongError:
@@ -448,7 +447,14 @@ class _Device:
         work = spec.work.of_round(spec.client, round)
         total = work.num_examples(spec.num_samples)
         latest: list[ProgressReport] = []
-        report = throttled(lambda: self._federation.progress(latest[-1]), _PROGRESS_S)
+
+        def tell() -> None:
+            goes_on = self._federation.progress(latest[-1])
+            if not goes_on and latest[-1].samples_done < total:
+                # the other devices notice that this one leaves the pipeline, and all meet again for the next round
+                raise PipelineError(f"round {round} was closed without {spec.client}")
+
+        report = throttled(tell, _PROGRESS_S)
         steps = work.num_steps(spec.num_samples)
         wanted = spec.record_timeline and not self._has_timeline
         self._timeline = []

@@ -42,6 +42,8 @@ _MAX_STAGE_BYTES = 1 << 40
 _WORTH_ANOTHER_TRY = (408, 500, 502, 503, 504, 507)
 _DAMAGED = ("tampered", "broken-off")
 
+ROUND_IS_OVER = 409  # what is refused so is for a round, or a plan, that is no more
+
 _log = logging.getLogger("fedmp.device")
 
 
@@ -88,8 +90,12 @@ class Federation(Protocol):
         """Hand in the round's update as it travels, compressed where that is worth it; returns once it is safe."""
         ...
 
-    def progress(self, report: ProgressReport) -> None:
-        """Say how far this client is; may be lost."""
+    def progress(self, report: ProgressReport) -> bool:
+        """Say how far this client is; may be lost.
+
+        Returns:
+            Whether to go on: False if the update can count no more.
+        """
         ...
 
     def beat(self) -> None:
@@ -207,10 +213,15 @@ class HttpFederation:
             headers["content-encoding"] = CONTENT_ENCODING
         self._ask("PUT", f"/v1/rounds/{round}/update", body=body.pieces, headers=headers)
 
-    def progress(self, report: ProgressReport) -> None:
-        """Say how far this client is; not worth a second attempt."""
-        with contextlib.suppress(FederationError):
+    def progress(self, report: ProgressReport) -> bool:
+        """Say how far this client is; not worth a second attempt. False if the round is over for it."""
+        try:
             self._send("POST", "/v1/progress", report, patience_s=0.0)
+        except RefusedError as error:
+            return error.status != ROUND_IS_OVER
+        except FederationError:
+            pass
+        return True
 
     def beat(self) -> None:
         """Say that this device is alive; the next one will do if this one is lost."""

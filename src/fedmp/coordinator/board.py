@@ -444,14 +444,16 @@ class Board:
     def failed(self, member: Member, report: FailureReport) -> None:
         """A device cannot go on; a cause is kept rather than the losses that follow from it.
 
-        A broken pipeline is brought up anew while the client has attempts left. So it is where devices join on
-        their own account: one that gave up, whatever went wrong on its machine, is one that is lost.
+        A broken pipeline is brought up anew while the client has attempts left, or if it broke off a round that was
+        closed without it. So it is where devices join on their own account: one that gave up, whatever went wrong on
+        its machine, is one that is lost.
         """
         is_mended = _is_consequence(report) or report.kind == FrameError.__name__
         if self._joins:
             is_mended = report.kind not in _OF_ALL
         with self._changed:
-            if self._attempts.most > 1 and is_mended:
+            is_in_vain = report.round != self._roll.started.get(member.client)
+            if is_mended and (self._attempts.most > 1 or is_in_vain):
                 if report.generation >= self._attempts.generation(member.client):
                     self._begin_anew(member.client, report.message, after=report.generation)
                 return

@@ -289,9 +289,11 @@ class CoordinatorService:
     # messages are read by hand, after the credential is known and never more than a message may have
 
     async def progress(self, request: Request) -> None:
-        """Note how far a client is."""
+        """Note how far a client is; refused if its round is over, so that it need not finish in vain."""
         member = self._member(request)
-        self._board.progressed(member, await read_message(request, ProgressReport, self._limits))
+        report = await read_message(request, ProgressReport, self._limits)
+        self._check_round(report.round, member)
+        self._board.progressed(member, report)
 
     async def alive(self, request: Request) -> None:
         """Note that a device is not hanging."""
