@@ -292,7 +292,8 @@ class CoordinatorService:
         """Note how far a client is; refused if its round is over, so that it need not finish in vain."""
         member = self._member(request)
         report = await read_message(request, ProgressReport, self._limits)
-        self._check_round(report.round, member)
+        if self._board.window(report.round, member.client) in ("over", "not in cohort"):
+            self._check_round(report.round, member)  # one that is yet to open may have been begun ahead
         self._board.progressed(member, report)
 
     async def alive(self, request: Request) -> None:
