@@ -91,7 +91,7 @@ class Setting:
 SETTINGS = {
     "iid": Setting(IID(), FedAvg(local_epochs=1), 25, "IID"),
     "dirichlet": Setting(Dirichlet(alpha=0.5), FedAvg(local_epochs=1), 25, "Dirichlet 0.5"),
-    "gradients": Setting(IID(), FedAvgM(local_steps=1, momentum=0.9), 300, "IID, one step a round"),
+    "gradients": Setting(IID(), FedAvgM(local_steps=1, momentum=0.9), 200, "IID, one step a round"),
 }
 
 

@@ -3,10 +3,10 @@
     python benchmarks/communication.py [--data fashion,shakespeare] [--only NAME ...] [--seed N] [--again]
 
 Simulated clients send the same bodies as real ones; bytes are those of all clients' bodies. Every method has the same
-model, data, batches, and number of passes; learning rates fall to zero over the run. The target is what plain
-federated averaging ends with, less half a point. A method's results go to `results/communication-seed0.json` as soon
-as it has run, a method that has run is not run again, and the table and the picture beside the file are made
-of all that is there.
+model, data, batches and, unless its name says otherwise, number of passes; learning rates fall to zero over the run.
+The target is what plain federated averaging ends with, less half a point. A method's results go to
+`results/communication-seed0.json` as soon as it has run, a method that has run is not run again, and the table and
+the picture beside the file are made of all that is there.
 
 Synchronous data parallelism sends a gradient a step and takes the mean back: rounds of one step without momentum at
 the clients, and the momentum at the server. It is run like the others, a body a step and client each way. Its data
@@ -83,6 +83,8 @@ class Method:
         transforms, downlink: of the job.
         diloco_epochs: passes between DiLoCo's synchronisations; 0 for another method.
         is_synchronous: a gradient a step.
+        passes: over a client's data in a round.
+        rounds: as a share of those of the others.
     """
 
     name: str
@@ -90,6 +92,8 @@ class Method:
     downlink: tuple[Any, ...] = ()
     diloco_epochs: int = 0
     is_synchronous: bool = False
+    passes: int = 1
+    rounds: float = 1.0
 
 
 SETTINGS = {
@@ -137,8 +141,11 @@ METHODS = (
     Method("randomk 5 %", (RandomK(fraction=0.05),)),
     Method("lowrank 8", (LowRank(rank=8),)),
     Method("lowrank 8, int4, zstd", (LowRank(rank=8), Int4(block=64), Zstd())),
+    Method("lowrank 4, int4, zstd", (LowRank(rank=4), Int4(block=64), Zstd())),
     Method("lowrank 16, int4, zstd", _BEST),
-    Method("the same; int8, zstd down", _BEST, (Int8(), Zstd())),
+    Method("plain; 10 rounds of 4 passes", passes=4, rounds=0.5),
+    Method("lowrank 16, int4, zstd; 10 rounds of 4 passes", _BEST, passes=4, rounds=0.5),
+    Method("lowrank 16, int4, zstd; int8, zstd down", _BEST, (Int8(), Zstd())),
     Method("ef21, topk 5 %, int4, zstd", (EF21(), TopK(fraction=0.05), Int4(block=64), Zstd())),
     Method("ef21, lowrank 8, int4, zstd", (EF21(), LowRank(rank=8), Int4(block=64), Zstd())),
     Method("DiLoCo, 2 passes a round", diloco_epochs=2),
@@ -236,8 +243,8 @@ def _training(setting: Setting, method: Method) -> dict[str, Any]:
         }
     return {
         "split": setting.split,
-        "strategy": FedAvg(local_epochs=1),
-        "rounds": setting.rounds,
+        "strategy": FedAvg(local_epochs=method.passes),
+        "rounds": round(setting.rounds * method.rounds),
         "optimizer": setting.optimizer,
     }
 
@@ -252,7 +259,7 @@ def _show(setting: Setting, by_method: dict[str, Any]) -> None:
     assert reference is not None
     print(f"\n{setting.title}; target {100 * target:.2f} %")
     print(
-        f"{'method':<42}{'final %':>9}{'rounds':>8}{'MB up':>10}{'MB down':>10}"
+        f"{'method':<48}{'final %':>9}{'rounds':>8}{'MB up':>10}{'MB down':>10}"
         f"{'fewer up':>10}{'than data parallel':>20}"
     )
     synchronous = by_method.get("data parallel", {"rows": []})["rows"]
@@ -261,13 +268,13 @@ def _show(setting: Setting, by_method: dict[str, Any]) -> None:
         rows = entry["rows"]
         first = reached(rows, target)
         if first is None:
-            print(f"{name:<42}{100 * rows[-1]['accuracy']:>9.2f}{'never':>8}")
+            print(f"{name:<48}{100 * rows[-1]['accuracy']:>9.2f}{'never':>8}")
             continue
         row = rows[first]
         fewer = plain[reference]["bytes_up"] / row["bytes_up"]
         than = f"{synchronous[gradients]['bytes_up'] / row['bytes_up']:.0f}" if gradients is not None else ""
         print(
-            f"{name:<42}{100 * rows[-1]['accuracy']:>9.2f}{first + 1:>8}{row['bytes_up'] / 1e6:>10.2f}"
+            f"{name:<48}{100 * rows[-1]['accuracy']:>9.2f}{first + 1:>8}{row['bytes_up'] / 1e6:>10.2f}"
             f"{row['bytes_down'] / 1e6:>10.2f}{fewer:>10.1f}{than:>20}"
         )
 
@@ -287,19 +294,20 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(
         1, len(results), figsize=(5 * len(results) + 4, 5), squeeze=False, layout="constrained"
     )
-    colours = plt.get_cmap("tab20")
+    shown = [method for method in METHODS if any(method.name in by_method for by_method in results.values())]
+    colours = plt.get_cmap("tab10")
     for panel, (data, by_method) in zip(panels[0], results.items(), strict=True):
         best = max(row["accuracy"] for entry in by_method.values() for row in entry["rows"])
-        for index, method in enumerate(METHODS):
+        for index, method in enumerate(shown):
             if method.name not in by_method:
                 continue
             rows = by_method[method.name]["rows"]
-            style = "--" if method.is_synchronous else "-"
+            style = "--" if method.is_synchronous else ("-", "-.", ":")[index // 10]
             panel.plot(
                 [row["bytes_up"] / 1e6 for row in rows],
                 [100 * row["accuracy"] for row in rows],
                 style,
-                color=colours(index),
+                color=colours(index % 10),
                 label=method.name,
             )
         if "plain" in by_method:
@@ -312,7 +320,9 @@ def _draw(results: dict[str, Any], path: Path) -> None:
         panel.set_ylabel("test accuracy, %")
         panel.set_title(SETTINGS[data].title, fontsize=10)
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=9, loc="outside right upper")
+    lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()}
+    named = [lines[method.name] for method in shown]
+    figure.legend(named, [method.name for method in shown], fontsize=9, loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 
