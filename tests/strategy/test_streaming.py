@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from fedmp import Job
 from fedmp.graph import state_specs
+from fedmp.records import Fault
 from fedmp.seeds import derive_seed
 from fedmp.strategy import StreamingDiLoCo
 from tests.strategy.test_references import FLOAT64, Reference, Tensors, initial, job, mean
@@ -107,6 +109,21 @@ def test_devices_take_fragments_in_at_the_same_step_as_simulated_clients(tmp_pat
     made = streaming(StreamingDiLoCo(local_steps=3, overlap=False, delay_steps=2), topology=topology(2, 3))
     simulated, real = run(made, tmp_path / "simulate"), run(made, tmp_path / "local", "local")
     assert_same(weights(real), weights(simulated), **FLOAT64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["backward", "push"])
+def test_a_device_lost_while_others_have_gone_ahead_changes_nothing(tmp_path: Path, phase: str) -> None:
+    made = streaming(
+        StreamingDiLoCo(local_steps=3, overlap=False, delay_steps=2),
+        topology=topology(2, 2),
+        num_microbatches=2,
+    )
+    undisturbed = run(made, tmp_path / "undisturbed", "local")
+    fault = Fault(device="c0/d1", round=2, phase=phase, kind="kill")
+    disturbed = run(replace(made, faults=(fault,)), tmp_path / "disturbed", "local")
+    assert disturbed.summary.faults == 1
+    assert_same(weights(disturbed), weights(undisturbed))
 
 
 def test_a_delayed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
