@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -53,8 +54,7 @@ class Work:
         held = np.load(path)
         self.x, self.y = torch.from_numpy(held["x"]), torch.from_numpy(held["y"])
         self.x_test, self.y_test = torch.from_numpy(held["x_test"]), torch.from_numpy(held["y_test"])
-        ends = held["ends"].tolist()
-        self.rows = [torch.from_numpy(held["rows"][a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        self.rows = torch.from_numpy(held["rows"]).tensor_split(torch.from_numpy(held["ends"])[:-1])
         for name, value in json.loads(str(held["settings"])).items():
             setattr(self, name, value)
 
@@ -79,13 +79,14 @@ class Report:
     """Times of a run, told line by line, so that a run that is ended has told what it did.
 
     Args:
-        target: accuracy at which the run is over; None for one that has none.
+        work: the workload: with a target every round is tested, otherwise the last `tested`, whose mean is told.
     """
 
-    def __init__(self, target: float | None) -> None:
-        self._born_s, self._target = float(sys.argv[2]), target
+    def __init__(self, work: Work) -> None:
+        self._born_s, self._work = float(sys.argv[2]), work
         self._began_s = self._marked_s = time.time()
         self._reached: dict[str, float] = {}
+        self._accuracies: list[float] = []
         self._rounds = 0
 
     def begin(self) -> None:
@@ -93,25 +94,24 @@ class Report:
         self._began_s = self._marked_s = time.time()
         print(f"BEGIN {self._began_s - self._born_s}", flush=True)
 
-    def round(self, accuracy: float | None = None) -> bool:
+    def round(self, test: Callable[[], float]) -> bool:
         """A round has ended; returns whether the target is reached.
 
         Args:
-            accuracy: of the model now; None where there is no target.
+            test: gives the accuracy of the model now; called where that is wanted, within the round's time.
         """
+        self._rounds += 1
+        target = self._work.target
+        if target or self._rounds > self._work.rounds - self._work.tested:
+            self._accuracies.append(test())
         now_s = time.time()
         print(f"ROUND {now_s - self._marked_s}", flush=True)
         self._marked_s = now_s
-        self._rounds += 1
-        if (
-            self._target is not None
-            and accuracy is not None
-            and accuracy >= self._target
-            and not self._reached
-        ):
+        if target and self._accuracies[-1] >= target and not self._reached:
             self._reached = {"target_round": self._rounds, "target_s": now_s - self._began_s}
         return bool(self._reached)
 
-    def finish(self, accuracy: float) -> None:
+    def finish(self) -> None:
         """All is done."""
-        print("RESULT " + json.dumps({"accuracy": accuracy, **self._reached}), flush=True)
+        last = self._accuracies[-self._work.tested :]
+        print("RESULT " + json.dumps({"accuracy": sum(last) / len(last), **self._reached}), flush=True)

@@ -44,6 +44,7 @@ class Contender:
 
 CONTENDERS = {
     "fedmp": Contender("fedmp_run.py"),
+    "fedmp-2": Contender("fedmp_run.py", processes=2),
     "pfl": Contender("pfl_run.py", "pfl"),
     "pfl-2": Contender("pfl_run.py", "pfl", processes=2),
     "loop": Contender("loop.py"),
@@ -118,10 +119,13 @@ def _commands(
     command = [python, str(HERE / contender.script), str(path), str(born_s)]
     if contender.processes == 1:
         return [(command, _environ())]
-    address = f"localhost:{_free_port()}"
-    everyone = ",".join([address] * contender.processes)  # pfl dials the first alone
+    port = str(_free_port())
+    everyone = ",".join([f"localhost:{port}"] * contender.processes)  # pfl dials the first alone
+    group = {"PFL_WORKER_ADDRESSES": everyone}
+    if not contender.rival:
+        group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(contender.processes)}
     return [
-        (command, _environ() | {"PFL_WORKER_ADDRESSES": everyone, "PFL_WORKER_RANK": str(rank)})
+        (command, _environ() | group | {"PFL_WORKER_RANK": str(rank), "RANK": str(rank)})
         for rank in range(contender.processes)
     ]
 

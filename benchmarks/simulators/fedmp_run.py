@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -17,8 +18,10 @@ from fedmp import Job, Topology
 from fedmp.records import Note, RoundFinished, RoundStarted
 from fedmp.strategy import FedAvg
 
+if "RANK" in os.environ:
+    torch.set_num_threads(1)  # as torchrun sets it
 work = Work(sys.argv[1])
-report = Report(work.target)
+report = Report(work)
 
 
 class Rows:
@@ -28,11 +31,16 @@ class Rows:
         return work.rows
 
 
+class ReachedError(Exception):
+    """The target is."""
+
+
 def observe(event):
     if isinstance(event, RoundStarted) and event.round == 1:
         report.begin()
     elif isinstance(event, RoundFinished):
-        report.round(event.record.test_accuracy)
+        if report.round(lambda: event.record.test_accuracy):
+            raise ReachedError
     elif isinstance(event, Note):
         print(event.message, flush=True)
 
@@ -47,6 +55,7 @@ job = Job(
     rounds=work.rounds,
     batch_size=work.batch_size,
 )
-with tempfile.TemporaryDirectory() as folder:
-    result = job.run("simulate", run_dir=f"{folder}/run", observe=observe)
-report.finish(result.summary.final_accuracy or 0.0)
+with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ReachedError):
+    job.run("simulate", run_dir=f"{folder}/run", observe=observe)
+if int(os.environ.get("RANK", "0")) == 0:
+    report.finish()

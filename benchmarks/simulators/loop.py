@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 torch.set_num_threads(1)
 work = Work(sys.argv[1])
-report = Report(work.target)
+report = Report(work)
 addresses = os.environ.get("PFL_WORKER_ADDRESSES", "localhost").split(",")
 rank = int(os.environ.get("PFL_WORKER_RANK", "0"))
 if len(addresses) > 1:
@@ -54,9 +54,7 @@ for _ in range(work.rounds):
         torch.distributed.all_reduce(flat)
         sums = [f.view_as(s) for f, s in zip(flat.split([s.numel() for s in sums]), sums, strict=False)]
     state = sums
-    if work.target:
-        load(state)
-    if report.round(work.accuracy(model) if work.target else None):
+    load(state)
+    if report.round(lambda: work.accuracy(model)):
         break
-load(state)
-report.finish(work.accuracy(model))
+report.finish()

@@ -10,7 +10,7 @@ from common import Report, Work
 
 torch.set_num_threads(1)
 work = Work(sys.argv[1])
-report = Report(work.target)
+report = Report(work)
 from pfl.aggregate.simulate import SimulatedBackend  # noqa: E402
 from pfl.aggregate.weighting import WeightByDatapoints  # noqa: E402
 from pfl.algorithm.base import NNAlgorithmParams  # noqa: E402
@@ -46,11 +46,10 @@ class Mark(TrainingProcessCallback):
         return super().on_train_begin(model=model)
 
     def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
-        accuracy = work.accuracy(model.pytorch_model) if work.target else None
         _, metrics = super().after_central_iteration(
             aggregate_metrics, model, central_iteration=central_iteration
         )
-        return report.round(accuracy), metrics
+        return report.round(lambda: work.accuracy(model.pytorch_model)), metrics
 
 
 ids = list(range(len(work.rows)))
@@ -75,4 +74,4 @@ FederatedAveraging().run(
     callbacks=[Mark()],
 )
 if int(os.environ.get("PFL_WORKER_RANK", "0")) == 0:
-    report.finish(work.accuracy(model))
+    report.finish()
