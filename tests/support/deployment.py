@@ -131,6 +131,7 @@ class Deployment:
         settings = DeviceSettings(
             **{
                 "credentials": path,
+                "state_folder": self.folder / "state",
                 "num_threads": 1,
                 "patience_s": 60,
                 "transfer_timeout_s": 60,
