@@ -172,7 +172,12 @@ class HttpFederation:
     def pull(
         self, round: int, *, whole: bool = False, held: int = 0, max_bytes: int = _MAX_STAGE_BYTES
     ) -> dict[str, torch.Tensor]:
-        """The round's global stages; a transfer that breaks off is taken up again where it did."""
+        """The round's global stages; a transfer that breaks off is taken up again where it did.
+
+        Raises:
+            RefusedError: the round is over, or not this client's.
+            FederationError: nothing came for `patience_s`, or what came is not what it claims to be.
+        """
         asked = {"whole": "true"} if whole else {}
         asked |= {"held": str(held)} if held else {}
         path = f"/v1/rounds/{round}/stage" + (f"?{urlencode(asked)}" if asked else "")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from fedmp.coordinator.attempts import Attempts
+from fedmp.coordinator.joining import Joining
 from fedmp.coordinator.members import BoardStatus, Member
 from fedmp.coordinator.roll import Roll
 from fedmp.errors import (
@@ -56,12 +57,9 @@ class Board:
 
     def __init__(self, members: Mapping[str, Member], *, joins: bool = False, attempts: int = 1) -> None:
         self.members: Mapping[str, Member] = dict(members)
-        self._joins = joins
+        self._joining = Joining(is_needed=joins)
         self._attempts = Attempts(attempts)
         self._void: set[tuple[str, int]] = set()
-        self._ready: dict[Member, int | None] = {}
-        self._samples: dict[str, int] = {}
-        self._unable: dict[tuple[str, str], tuple[str, str]] = {}
         self._told: set[Member] = set()
         self._changed = threading.Condition()
         self._instruction = Instruction(kind="wait", reason="the first round has not begun")
@@ -283,7 +281,7 @@ class Board:
         with self._changed:
             if client in self._roll.started and not self.is_training(client):
                 return None
-            self._ready = {member: held for member, held in self._ready.items() if member.client != client}
+            self._joining.forget(client)
             old = {member.rank for member in self.members.values() if member.client == client}
             if old:  # while the old members tell what is missing
                 self._begin_anew(client, "its model is cut anew")
@@ -308,7 +306,6 @@ class Board:
             RefusedError: it holds stages of another plan, or another device of the client holds another
                 number of samples.
         """
-        num_samples = message.num_samples
         with self._changed:
             if message.plan != member.plan or member not in self.members.values():
                 raise RefusedError(
@@ -316,34 +313,19 @@ class Board:
                     status=409,
                     reason="other-plan",
                 )
-            who = member.client, member.device
-            if message.unable:
-                self._unable[who] = message.process, message.unable
-            elif who in self._unable and self._unable[who][0] != message.process:
-                del self._unable[who]  # it was started anew, so something may have changed
-            for other, held in self._ready.items():
-                if other.client == member.client and None not in (held, num_samples) and held != num_samples:
-                    raise RefusedError(
-                        f"{member.client}/{member.device} holds {num_samples} samples, but {other.client}/"
-                        f"{other.device} holds {held}; give both the same data and split",
-                        status=409,
-                        reason="disagreement",
-                    )
-            self._ready[member] = num_samples
-            if num_samples is not None:
-                self._samples[member.client] = num_samples
+            num_samples = self._joining.join(member, message)
             self._notify()
-            return self._samples.get(member.client)
+            return num_samples
 
     def unable(self) -> dict[tuple[str, str], str]:
         """Devices that cannot take their place in a plan, by client and device, and why."""
         with self._changed:
-            return {who: reason for who, (_, reason) in self._unable.items()}
+            return self._joining.unable()
 
     def samples_of(self, client: str) -> int | None:
         """Samples of a client; None while none of its devices has told."""
         with self._changed:
-            return self._samples.get(client)
+            return self._joining.samples_of(client)
 
     def instruction_for(self, member: Member, process: str = "") -> Instruction:
         """What a device should do now.
@@ -360,9 +342,9 @@ class Board:
                 self._told.add(member)
                 self._changed.notify_all()
                 return self._instruction
-            if self._joins and member not in self._ready:
+            if self._joining.must_join(member):
                 return Instruction(kind="join", round=round, reason="say what you hold", plan=member.plan)
-            if (member.client, member.device) in self._unable:
+            if self._joining.is_unable(member):
                 return Instruction(kind="wait", round=round, reason="this device cannot take its place")
             if not member.stages:
                 return Instruction(kind="wait", round=round, reason="the plan leaves this device out")
@@ -449,7 +431,7 @@ class Board:
         its machine, is one that is lost.
         """
         is_mended = _is_consequence(report) or report.kind == FrameError.__name__
-        if self._joins:
+        if self._joining.is_needed:
             is_mended = report.kind not in _OF_ALL
         with self._changed:
             is_in_vain = report.round != self._roll.started.get(member.client)

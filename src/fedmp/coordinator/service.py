@@ -166,7 +166,11 @@ class CoordinatorService:
         )
 
     async def prometheus(self, request: Request) -> Response:
-        """Counts and state, for Prometheus."""
+        """Counts and state, for Prometheus.
+
+        Raises:
+            RefusedError: another machine asks, and may not.
+        """
         peer = request.client.host if request.client else ""
         if not self._open_metrics and peer not in ("127.0.0.1", "::1"):
             raise RefusedError("metrics are for this machine alone", status=403, reason="forbidden")
@@ -174,7 +178,11 @@ class CoordinatorService:
         return Response(content, headers={"content-type": media_type})
 
     async def job(self, request: Request) -> JobOffer:
-        """The job, as the asking device needs to know it."""
+        """The job, as the asking device needs to know it.
+
+        Raises:
+            RefusedError: nobody that is known asks, or there is no job now.
+        """
         member = self._member(request, any_plan=True)
         assert self._offer is not None
         if self._board.status().kind in ("stop", "next"):
@@ -182,7 +190,11 @@ class CoordinatorService:
         return self._offer(member)
 
     async def ready(self, request: Request) -> Joined:
-        """Note that a device can begin, and what it holds."""
+        """Note that a device can begin, and what it holds.
+
+        Raises:
+            RefusedError: it speaks of another job or plan, or its client's devices disagree.
+        """
         member = self._member(request, any_plan=True)
         message = await read_message(request, Ready, self._limits)
         assert self._offer is not None
@@ -229,7 +241,11 @@ class CoordinatorService:
         return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
     async def push(self, request: Request, round: int) -> Receipt:
-        """Take the asking device's update into the journal."""
+        """Take the asking device's update into the journal.
+
+        Raises:
+            RefusedError: it is not for now, not this device's, or not sound; nothing of it stays.
+        """
         member = self._member(request)
         self._check_round(round, member)
         is_packed = content_encoding(request) == CONTENT_ENCODING
@@ -306,7 +322,11 @@ class CoordinatorService:
         self._board.failed(member, await read_message(request, FailureReport, self._limits))
 
     async def publish_address(self, request: Request) -> None:
-        """Note where a client's first device listens."""
+        """Note where a client's first device listens.
+
+        Raises:
+            RefusedError: another device asks.
+        """
         member = self._member(request)
         address = await read_message(request, Address, self._limits)
         if member.rank != 0:
