@@ -79,10 +79,10 @@ def _kill_at(patch: pytest.MonkeyPatch, target: object, name: str, call: int) ->
         (module, "save_file", 1),
         (module, "save_file", 2),
         (Path, "write_text", 1),
-        (module, "_flush", 1),
-        (module, "_flush", 4),
+        (module, "flush", 1),
+        (module, "flush", 4),
         (os, "replace", 1),
-        (module, "_flush", 5),
+        (module, "flush", 5),
     ],
     ids=["model", "optimizer", "manifest", "first flush", "last flush", "rename", "flush of the folder"],
 )
@@ -95,7 +95,7 @@ def test_killed_while_it_saves_it_leaves_a_whole_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             CheckpointStore(tmp_path).save(checkpoint(2))
     found = CheckpointStore(tmp_path).latest()
-    assert_equal(found, checkpoint(2 if (name, call) == ("_flush", 5) else 1))
+    assert_equal(found, checkpoint(2 if (name, call) == ("flush", 5) else 1))
     CheckpointStore(tmp_path).save(checkpoint(2))
     assert_equal(CheckpointStore(tmp_path).latest(), checkpoint(2))
 

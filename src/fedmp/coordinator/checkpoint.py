@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedmp.coordinator.disk import disk_errors
+from fedmp.coordinator.disk import disk_errors, flush
 from fedmp.coordinator.roster import Roster, Standing
 from fedmp.errors import ResumeError
 from fedmp.records import RoundRecord
@@ -95,10 +95,10 @@ class CheckpointStore:
         }
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in (*part.iterdir(), part):
-            _flush(path)
+            flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
-        _flush(self._folder)
+        flush(self._folder)
         for old in self._rounds()[: -self._keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -133,11 +133,3 @@ class CheckpointStore:
 
     def _rounds(self) -> list[Path]:
         return sorted(self._folder.glob("round-*")) if self._folder.is_dir() else []
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import filecmp
 import json
-import math
 import os
 import shutil
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedmp.coordinator.clients import ClientUpdate
-from fedmp.coordinator.disk import disk_errors
+from fedmp.coordinator.disk import disk_errors, flush, write_atomically
 from fedmp.coordinator.estimates import EstimateBook, EstimateStore
+from fedmp.coordinator.update_files import UpdateFiles, check_report
 from fedmp.errors import RefusedError
 from fedmp.graph import StateSpec
 from fedmp.records import DeviceReport
@@ -39,7 +38,6 @@ from fedmp.updates import Channel, Decoded, PayloadError, decompress
 
 __all__ = ["Journal"]
 
-_MAX_EXAMPLES = 2**53
 _PIECE = 1 << 16
 _MODEL, _DECISION = "model.safetensors", "closed.json"
 
@@ -110,7 +108,7 @@ class Journal:
         with self._writing:
             path = self._folder_of(self._round) / _MODEL
             if state is not None and not path.exists():
-                _write_atomically(path, lambda part: save_file(dict(state), part))
+                write_atomically(path, lambda part: save_file(dict(state), part))
             self._is_sealed = True
 
     def keeps(self, round: int) -> bool:
@@ -132,9 +130,9 @@ class Journal:
         path = self._folder_of(self._round) / _DECISION
         part = path.with_name(f".{path.name}.part")
         part.write_text(json.dumps(decision))
-        _flush(part)
+        flush(part)
         os.replace(part, path)
-        _flush(path.parent)
+        flush(path.parent)
 
     def decision(self) -> dict[str, Any] | None:
         """How an earlier process of the coordinator closed the open round; None if it did not get so far."""
@@ -212,7 +210,7 @@ class Journal:
                     payload = tensors
                 else:
                     payload = self._downlink.replaced(tensors, difference)
-                _write_atomically(path, lambda part: save_file(payload, part))
+                write_atomically(path, lambda part: save_file(payload, part))
             return self._compressed(path) if compressed else path
 
     def _started_from(
@@ -235,7 +233,7 @@ class Journal:
         if not small.exists():
             body = zstd.compress(path.read_bytes())
             # empty if it is not worth it, so that this is found out once
-            _write_atomically(small, partial(_write, body or b""))
+            write_atomically(small, lambda part: part.write_bytes(body or b""))
         return small if small.stat().st_size else path
 
     def temporary(self, client: str, rank: int) -> Path:
@@ -285,10 +283,10 @@ class Journal:
                 status=409,
                 reason="wrong-generation",
             )
-        _flush(part)  # an acknowledged update must survive a loss of power, too
+        flush(part)  # an acknowledged update must survive a loss of power, too
         # beside the part, which was begun when its round took uploads: another one may be open by now
         os.replace(part, part.with_name(self._path(client, rank).name))
-        _flush(part.parent)
+        flush(part.parent)
         return report
 
     def has(self, client: str, rank: int) -> bool:
@@ -310,7 +308,7 @@ class Journal:
         forgotten = [name for report in reports for name in report.forgotten]
         held = self._estimates.of(client, self._states.get(client, ""), forgotten)
         return ClientUpdate(
-            client, round, Decoded(_Files(bodies), self._uplink, client, round, held), reports
+            client, round, Decoded(UpdateFiles(bodies), self._uplink, client, round, held), reports
         )
 
     def remember(self, updates: Sequence[ClientUpdate]) -> None:
@@ -340,7 +338,7 @@ class Journal:
                 status=422,
                 reason="malformed",
             ) from error
-        _check_report(report)
+        check_report(report)
         return report
 
     def _check_names(self, body: safe_open, names: Sequence[str]) -> None:
@@ -383,60 +381,3 @@ class Journal:
     def _paths(self, client: str) -> list[Path]:
         """The updates of a client that are there."""
         return list(self._path(client, 0).parent.glob(f"{client}.*.safetensors"))
-
-
-class _Files(Mapping[str, torch.Tensor]):
-    """The tensors of several journal files, each read when asked for."""
-
-    def __init__(self, bodies: Sequence[safe_open]) -> None:
-        self._home = {name: body for body in bodies for name in body.keys()}  # noqa: SIM118
-
-    @property
-    def gives_views(self) -> bool:
-        """The files are mapped."""
-        return True
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._home[name].get_tensor(name)  # type: ignore[no-any-return]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
-
-    def __len__(self) -> int:
-        return len(self._home)
-
-
-def _check_report(report: DeviceReport) -> None:
-    """Refuse what would spoil the round's weights or sums."""
-    if not 0 < report.num_examples <= _MAX_EXAMPLES:
-        raise RefusedError(
-            f"the update's report says {report.num_examples} examples; there must be at least 1",
-            status=422,
-            reason="malformed",
-        )
-    sums = (
-        *(report.loss_sum, report.weight, report.num_correct, report.train_s, report.rate_sum),
-        *(report.evaluation_loss_sum, report.evaluation_weight, report.evaluation_correct),
-        *(time_s for row in report.timeline for time_s in row[4:]),
-    )
-    if not all(map(math.isfinite, sums)):
-        raise RefusedError("the update's report holds NaN or infinity", status=422, reason="not-finite")
-
-
-def _write(body: bytes, path: Path) -> None:
-    path.write_bytes(body)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with disk_errors():
-        write(part)
-    os.replace(part, path)
