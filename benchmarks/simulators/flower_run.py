@@ -16,6 +16,7 @@ PATH = sys.argv[1]
 
 work = shared_work(PATH)
 report = Report(work)
+import ray  # noqa: E402
 from flwr.client import ClientApp, NumPyClient  # noqa: E402
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays  # noqa: E402
 from flwr.server import ServerApp, ServerAppComponents, ServerConfig  # noqa: E402
@@ -69,6 +70,7 @@ class Marked(FedAvg):
         if is_reached or is_last:
             report.finish()
         if is_reached and not is_last:
+            ray.shutdown()
             os._exit(0)  # Flower has no way to end a simulation early
         return found
 
