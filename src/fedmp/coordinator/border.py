@@ -30,7 +30,7 @@ __all__ = ["content_encoding", "read_message", "stream_to_file"]
 
 Message = TypeVar("Message", bound=BaseModel)
 
-_AT_ONCE_BYTES = 512 << 10  # two are held in memory for each upload; fewer bytes cost more to hand over
+_AT_ONCE_BYTES = 256 << 10  # two are held in memory for each upload; fewer bytes cost more to hand over
 _DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
 
 
