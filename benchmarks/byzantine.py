@@ -7,8 +7,8 @@ simulating engine. A setting is one of
 
 - iid: one local epoch a round, images dealt equally at random;
 - dirichlet: the same with classes in unequal shares, alpha = 0.5;
-- gradients: one local step a round and momentum at the server, the synchronous SGD for which a little is enough and
-  min-max were published. Updates differ between clients far more than they move, which is where these attacks hide.
+- gradients: one local step a round and momentum at the server, the synchronous SGD that a little is enough was
+  published for. Updates differ between clients far more than they move, which is where quiet attacks hide.
 
 Each cell is the accuracy on the 1,000 test images, averaged over the last quarter of the rounds and over the seeds.
 "Holds" is within three points of federated averaging without attackers. Results go to `results/byzantine-SETTING.json`,

@@ -11,8 +11,8 @@ CRUDE = ("sign_flip", "scaling", "gaussian")
 
 
 @cache
-def found(aggregator: str, attack: str) -> float:
-    return accuracy(AGGREGATORS[aggregator], ATTACKS[attack], SETTINGS["iid"], 0)
+def found(aggregator: str, attack: str, setting: str = "iid") -> float:
+    return accuracy(AGGREGATORS[aggregator], ATTACKS[attack], SETTINGS[setting], 0)
 
 
 @pytest.mark.slow
@@ -28,3 +28,10 @@ def test_the_mean_collapses(attack: str) -> None:
 @pytest.mark.parametrize("aggregator", ["median", "trimmed_mean", "multi_krum", "geometric_median"])
 def test_robust_rules_hold(aggregator: str, attack: str) -> None:
     assert found(aggregator, attack) >= found("mean", "none") - MARGIN
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "none"])
+def test_multi_krum_holds_where_clients_are_unlike(attack: str) -> None:
+    assert found("multi_krum", attack, "dirichlet") >= found("mean", "none", "dirichlet") - MARGIN
