@@ -19,6 +19,7 @@ from fedmp.clock import Clock
 from fedmp.data import IID, Dirichlet
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError, TrainingError
+from fedmp.graph import profile, profile_whole, trace
 from fedmp.learning_rate import Cosine
 from fedmp.models import CNN
 from fedmp.records import Event, Note
@@ -242,25 +243,54 @@ def test_the_same_job_twice_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     assert_same(weights(first), weights(second))
 
 
-def test_a_large_population_is_neither_traced_nor_planned(
+def population_job(num_clients: int, **changes: Any) -> Job:
+    """Clients with one device and two of few samples each, of whom a hundred train in a round."""
+    x, y = torch.randn(2_000, 4), torch.randint(0, 3, (2_000,))
+    settings: dict[str, Any] = {
+        "model": partial(nn.Linear, 4, 3),
+        "topology": Topology(clients={"count": num_clients, "devices": 1}),
+        "data": (x, y, x[:10], y[:10]),
+        "split": Shared(),
+        "strategy": FedAvg(fraction=100 / num_clients),
+        "optimizer": sgd(0.1),
+        "rounds": 2,
+    }
+    return Job(**{**settings, **changes})
+
+
+class Shared:
+    """Clients take two rows each, in turn."""
+
+    def assign(self, dataset: Any, num_clients: int, seed: int) -> list[torch.Tensor]:
+        return list((torch.arange(2 * num_clients) % len(dataset)).split(2))
+
+
+def test_a_large_population_is_not_traced_and_planned_once_for_each_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("planned")
+        raise AssertionError("traced")
 
-    monkeypatch.setattr("fedmp.engine.unplanned.plan_split", refuse)
-    x, y = torch.randn(20_000, 4), torch.randint(0, 3, (20_000,))
-    job = Job(
-        model=partial(nn.Linear, 4, 3),
-        topology=Topology(clients={"count": 10_000, "devices": 1}),
-        data=(x, y, x[:10], y[:10]),
-        strategy=FedAvg(fraction=0.01),
-        optimizer=sgd(0.1),
-        rounds=2,
-    )
-    result = run(job, tmp_path / "run")
+    monkeypatch.setattr("fedmp.engine.prepare.trace", refuse)
+    result = run(population_job(10_000), tmp_path / "run")
     assert [len(record.clients) for record in result.history] == [100, 100]
-    assert (result.summary.clients, result.plans) == (10_000, {})
+    assert result.summary.clients == 10_000
+    assert list(result.plans) == ["c0 (and 9999 like it)"]
+    (plan,) = result.plans.values()
+    link = Topology(clients=[{"name": "c", "devices": 1}]).clients[0].uplink
+    down_s = up_s = link.transfer_s((4 * 3 + 3) * 4)
+    assert all(record.simulated_s == pytest.approx(down_s + plan.step_s + up_s) for record in result.history)
+
+
+@pytest.mark.parametrize("model", [TINY_MLP, CNN])
+def test_a_single_stage_costs_what_its_trace_says(model: Any) -> None:
+    made, x = model(), torch.zeros(7, 1, 28, 28)
+    traced, whole = profile(trace(made, (x,))), profile_whole(made, x)
+    for field in ("forward_s", "backward_s", "activation_bytes"):
+        expected = sum(getattr(layer, field) for layer in traced.layers)
+        assert getattr(whole.layers[0], field) == pytest.approx(expected, rel=1e-6)
+    assert whole.parameter_bytes == traced.parameter_bytes
+    assert whole.update_s_per_byte == traced.update_s_per_byte
 
 
 def test_updates_are_summed_chunk_by_chunk_where_only_their_mean_is_wanted() -> None:

@@ -13,6 +13,8 @@ from fedmp.seeds import derive_seed
 
 __all__ = ["Clock", "Draw", "Loss"]
 
+_LOGGED_CLIENTS = 500
+
 
 class Loss(Component):
     """A device that is lost for good; its client goes on with a plan for the others, if there is one.
@@ -64,7 +66,7 @@ class Clock(Component):
         notice_s: seconds until a client has noticed that a device is lost, and begins the round anew without it.
         availability: when clients can take part at all; one that is away when the round begins comes when it is
             back, if the round is still open.
-        log: write `events.jsonl` and draw it.
+        log: write `events.jsonl` and draw it; None does for jobs of at most 500 clients.
     """
 
     server_bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)
@@ -78,7 +80,16 @@ class Clock(Component):
     losses: tuple[Loss, ...] = ()
     notice_s: float = Field(default=10.0, ge=0)
     availability: Availability = Field(default_factory=Always)
-    log: bool = True
+    log: bool | None = None
+
+    @property
+    def is_ideal(self) -> bool:
+        """Whether nothing is set: all goes as plans and links say."""
+        return self.model_copy(update={"log": None}) == Clock()
+
+    def is_logged(self, num_clients: int) -> bool:
+        """Whether the events of a job with so many clients are written down."""
+        return num_clients <= _LOGGED_CLIENTS if self.log is None else self.log
 
     def draw(self, client: str, num_devices: int, *, round: int, seed: int) -> Draw:
         """Let chance decide.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,13 @@ class CheckpointStore:
     Args:
         folder: made when the first checkpoint is saved.
         keep: how many of the newest to keep.
+        before: called before each is saved, to make safe what goes before it.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, before: Callable[[], None] = lambda: None) -> None:
         self._folder = folder
         self._keep = keep
+        self._before = before
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint; a crash at any moment leaves the one before intact.
@@ -67,6 +69,7 @@ class CheckpointStore:
             OSError: the disk is full, say.
         """
         with disk_errors():
+            self._before()
             self._save(checkpoint)
 
     def _save(self, checkpoint: Checkpoint) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fedmp.coordinator import Opening
@@ -33,22 +33,26 @@ class Arrivals:
 
 
 def predict_arrivals(
-    opening: Opening, *, order: Sequence[str], left_s: Mapping[str, float], finish_s: Callable[[str], float]
+    opening: Opening,
+    *,
+    place: Callable[[str], int],
+    left_s: Mapping[str, float],
+    finish_s: Callable[[str], float],
 ) -> Arrivals:
     """Let the clients of a round finish one after another until it may close.
 
     Args:
         opening: of the round.
-        order: of all clients; of two that finish at the same time the first here arrives first.
+        place: of a client in client order; of two that finish at the same time the first in it arrives first.
         left_s: seconds that each late client still needs.
         finish_s: seconds that a client needs which begins now; infinite for one that never finishes.
 
     Raises:
         RoundError: fewer than the minimum ever finish.
     """
-    closing, place = opening.closing, {client: index for index, client in enumerate(order)}
-    queue = [(left_s[client], place[client], client) for client in opening.late]
-    queue += [(finish_s(client), place[client], client) for client in opening.cohort]
+    closing = opening.closing
+    queue = [(left_s[client], place(client), client) for client in opening.late]
+    queue += [(finish_s(client), place(client), client) for client in opening.cohort]
     heapq.heapify(queue)
     spare = list(opening.spare) if closing.refills else []
     counted: list[str] = []
@@ -71,5 +75,5 @@ def predict_arrivals(
         counted.append(client)
         if spare and len(counted) < closing.wanted:
             beginning = spare.pop(0)
-            heapq.heappush(queue, (now_s + finish_s(beginning), place[beginning], beginning))
+            heapq.heappush(queue, (now_s + finish_s(beginning), place(beginning), beginning))
     return Arrivals(tuple(counted), {client: at_s - now_s for at_s, _, client in queue}, now_s)

@@ -31,7 +31,7 @@ from fedmp.cohort import (
     probe,
 )
 from fedmp.data import Dataset
-from fedmp.engine.cohort_updates import CohortUpdates, Trainee
+from fedmp.engine.cohort_updates import CohortUpdates, Counts, Trainee
 from fedmp.engine.job import Job
 from fedmp.engine.session import Session, plain_evaluation
 from fedmp.graph import state_specs
@@ -103,6 +103,7 @@ class ManyAtOnce:
         self._still = [name for name in trained_names(specs.values()) if name not in moved]
         self._scope = job.strategy.scope(specs)
         self._slots = job.strategy.local_rule.received if job.strategy.local_rule else ()
+        self._counts: dict[tuple[int, int], Counts] = {}
         self._store = StateStore(session.state_folder, is_durable=False)
         optimizer = flat_optimizer(job.optimizer)
         work = ChunkWork(
@@ -185,17 +186,16 @@ class ManyAtOnce:
         Raises:
             TrainingError: a client's loss is not finite.
         """
-        works = [one.work.of_round(one.name, round) for one in cohort]
-        sizes = [len(one.own_rows) for one in cohort]
-        samples = [work.num_examples(size) for work, size in zip(works, sizes, strict=True)]
+        counts = [self._count(one, round) for one in cohort]
+        samples = [count.examples for count in counts]
         members = Cohort(
             clients=[one.name for one in cohort],
             rows=[one.own_rows for one in cohort],
-            num_batches=[work.num_batches(size) for work, size in zip(works, sizes, strict=True)],
+            num_batches=[count.batches for count in counts],
             weights=samples,
         )
         memory = _Memory(self._store, states, self._scope, tuple(self._prepared.specs), round)
-        evaluation = self._evaluate(members, works, start, memory)
+        evaluation = self._evaluate(members, start, memory)
         result = self._training.train(
             members,
             start,
@@ -212,18 +212,19 @@ class ManyAtOnce:
     ) -> CohortUpdates:
         """What the round loop takes, of the result of a whole cohort."""
         own = self._scope.own
-        return CohortUpdates(cohort, result, self._layout, start, still=self._still, own=own, round=round)
+        counts = [self._count(one, round) for one in cohort]
+        return CohortUpdates(
+            cohort, counts, result, self._layout, start, still=self._still, own=own, round=round
+        )
 
     def close(self) -> None:
         """End the threads."""
         self._training.close()
 
-    def _evaluate(
-        self, cohort: Cohort, works: Sequence[LocalWork], start: RoundStart, memory: _Memory
-    ) -> torch.Tensor:
+    def _evaluate(self, cohort: Cohort, start: RoundStart, memory: _Memory) -> torch.Tensor:
         """[K, 3] loss, weight and correct predictions of what each client starts from, on its data."""
-        if not works or not works[0].evaluate_first:
-            return torch.zeros(len(works), 3, dtype=torch.float64)
+        if not (self._job.federated_evaluation or self._job.strategy.needs_losses):
+            return torch.zeros(len(cohort.clients), 3, dtype=torch.float64)
         state = {**self._layout.by_name(start.parameters), **start.statistics, **start.still}
         evaluate = plain_evaluation(self._prepared.model, state, self._job.task)
         dataset, found = self._prepared.data.train, []
@@ -232,7 +233,17 @@ class ManyAtOnce:
                 own = select(memory.load(client), "own/")
                 evaluate = plain_evaluation(self._prepared.model, {**state, **own}, self._job.task)
             found.append(evaluate(dataset, rows))
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64).view(-1, 3)
+
+    def _count(self, one: Trainee, round: int) -> Counts:
+        """How much a client does in a round; of clients with the same work and as many samples found out once."""
+        work, size = one.work.of_round(one.name, round), len(one.own_rows)
+        if work is not one.work:
+            return _counts(work, size)
+        key = id(work), size  # the works of all kinds of clients live as long as the job
+        if key not in self._counts:
+            self._counts[key] = _counts(work, size)
+        return self._counts[key]
 
     def _teller(self, clients: Sequence[str], samples: Sequence[int], round: int) -> Callable[[int], None]:
         """Tells of a long round's progress."""
@@ -248,6 +259,10 @@ class ManyAtOnce:
             told_s, told = time.monotonic(), done
 
         return tell
+
+
+def _counts(work: LocalWork, num_samples: int) -> Counts:
+    return Counts(work.num_batches(num_samples), work.num_examples(num_samples), work.num_steps(num_samples))
 
 
 @dataclass(frozen=True, eq=False)

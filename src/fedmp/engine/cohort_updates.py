@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import Protocol, overload
+from typing import NamedTuple, Protocol, overload
 
 import torch
 
@@ -12,7 +12,7 @@ from fedmp.cohort import CohortResult, FlatLayout, RoundStart
 from fedmp.coordinator import ClientUpdate
 from fedmp.records import DeviceReport
 
-__all__ = ["CohortUpdates", "Trainee"]
+__all__ = ["CohortUpdates", "Counts", "Trainee"]
 
 
 class Trainee(Protocol):
@@ -38,11 +38,20 @@ class Trainee(Protocol):
         ...
 
 
+class Counts(NamedTuple):
+    """How much a client does in a round."""
+
+    batches: int
+    examples: int
+    steps: int
+
+
 class CohortUpdates(Sequence[ClientUpdate]):
     """A cohort's updates, which are already summed up where only their mean is wanted.
 
     Args:
         cohort: who trained.
+        counts: how much each one did.
         result: of the training.
         layout: of the trained parameters.
         start: from which they were trained.
@@ -54,6 +63,7 @@ class CohortUpdates(Sequence[ClientUpdate]):
     def __init__(
         self,
         cohort: Sequence[Trainee],
+        counts: Sequence[Counts],
         result: CohortResult,
         layout: FlatLayout,
         start: RoundStart,
@@ -66,7 +76,7 @@ class CohortUpdates(Sequence[ClientUpdate]):
         self._names = [name for name in (*layout.names, *start.statistics, *still) if name not in own]
         self._updates = [
             ClientUpdate(one.name, round, _Own(self, place), (report,))
-            for place, (one, report) in enumerate(zip(cohort, _reports(cohort, result, round), strict=True))
+            for place, (one, report) in enumerate(zip(cohort, _reports(cohort, counts, result), strict=True))
         ]
 
     @overload
@@ -127,21 +137,18 @@ class _Own(Mapping[str, torch.Tensor]):
         return len(self._updates.names())
 
 
-def _reports(cohort: Sequence[Trainee], result: CohortResult, round: int) -> list[DeviceReport]:
+def _reports(cohort: Sequence[Trainee], counts: Sequence[Counts], result: CohortResult) -> list[DeviceReport]:
     """What each client reports. Checked values of this process's own: a hundred of them need no second check."""
     sums = torch.stack([result.loss_sums, result.weights, result.num_correct, result.rate_sums], 1).tolist()
     reports = []
-    for one, (loss, weight, correct, rates), evaluation in zip(
-        cohort, sums, result.evaluation.tolist(), strict=True
+    for one, count, (loss, weight, correct, rates), evaluation in zip(
+        cohort, counts, sums, result.evaluation.tolist(), strict=True
     ):
-        size = len(one.own_rows)
-        work = one.work.of_round(one.name, round)
-        count = work.num_examples(size)
         reports.append(
             DeviceReport.model_construct(
-                num_examples=count,
-                num_samples=size,
-                num_steps=work.num_steps(size),
+                num_examples=count.examples,
+                num_samples=len(one.own_rows),
+                num_steps=count.steps,
                 rate_sum=rates,
                 loss_sum=loss,
                 weight=weight,
@@ -149,7 +156,7 @@ def _reports(cohort: Sequence[Trainee], result: CohortResult, round: int) -> lis
                 evaluation_loss_sum=evaluation[0],
                 evaluation_weight=evaluation[1],
                 evaluation_correct=evaluation[2],
-                pipeline_bytes=one.pipeline_bytes(count),
+                pipeline_bytes=one.pipeline_bytes(count.examples),
             )
         )
     return reports

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from fedmp.client import LocalWork
-from fedmp.clock import ClientWork, DeviceWork, ideal_round_s
+from fedmp.clock import DeviceWork
 from fedmp.cohort import Probe
 from fedmp.data import Dataset, TrainTest, describe
 from fedmp.engine.attacked import poisoned
 from fedmp.engine.job import Job
+from fedmp.engine.population import MANY_CLIENTS, Population, kinds_of
+from fedmp.engine.setup import ClientSetup, Piece, received_names, shared_names
 from fedmp.errors import ConfigError, DataError, PlanError
 from fedmp.graph import LayerGraph, StateSpec, trace
 from fedmp.partition.api import plan_graph
@@ -26,9 +28,8 @@ from fedmp.records import ClientData, Plan
 from fedmp.schedule import PlacedSchedule, Schedule, placed_schedule_by_name, schedule_by_name
 from fedmp.seeds import derive_seed
 from fedmp.stages import StageBlueprint, draw_blueprints, model_state
-from fedmp.strategy import Scope, received_name
+from fedmp.strategy import Scope
 from fedmp.topology import Client, Device
-from fedmp.updates import trained_names
 
 __all__ = [
     "ClientSetup",
@@ -38,93 +39,16 @@ __all__ = [
     "example_input",
     "load_and_split",
     "local_work",
+    "moved_bytes",
     "part_of",
     "plan_anew",
     "plan_split",
     "prepare",
     "prepare_without_clients_data",
+    "scope_of",
     "set_up_client",
     "trace_model",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class ClientSetup:
-    """One client, ready to train.
-
-    Attributes:
-        client: from the topology.
-        plan, blueprints: how the model is cut over its devices.
-        moved: what each device pulls and pushes in a round.
-        work: what it does in a round, by its plan's schedule.
-        data: everyone's training samples; None where the client's are elsewhere.
-        rows: which of them are its own; None alike.
-        round_samples: samples that it processes in one round; 0 while that is not known.
-        predicted_s: seconds of one round by its plan, its links and its samples; 0 alike.
-    """
-
-    client: Client
-    plan: Plan
-    blueprints: Sequence[StageBlueprint]
-    moved: tuple[DeviceWork, ...]
-    work: LocalWork
-    data: Dataset | None
-    rows: torch.Tensor | None
-    round_samples: int
-    predicted_s: float
-
-    @property
-    def name(self) -> str:
-        """The client's name."""
-        return self.client.name
-
-    @property
-    def own_rows(self) -> torch.Tensor:
-        """Its rows of everyone's samples, which must be here."""
-        assert self.rows is not None
-        return self.rows
-
-    @property
-    def num_samples(self) -> int:
-        """Training samples that it has; 0 where they are elsewhere."""
-        return 0 if self.rows is None else len(self.rows)
-
-    @property
-    def own_samples(self) -> Dataset:
-        """A copy of its training samples, which must be here."""
-        assert self.data is not None
-        return self.data.select(self.own_rows)
-
-    def shared(self, blueprint: StageBlueprint) -> tuple[str, ...]:
-        """The trained tensors of a stage that its updates hold, all in each round or some in turn."""
-        return _shared(self.work, blueprint)
-
-    def received(self, blueprints: Sequence[StageBlueprint]) -> tuple[str, ...]:
-        """Names of the server's slots that come with the stages."""
-        return _received(self.work, blueprints)
-
-    def examples_in(self, round: int) -> int:
-        """Samples that it processes in one round."""
-        return self.work.of_round(self.name, round).num_examples(len(self.own_rows))
-
-    def pipeline_bytes(self, num_samples: int) -> int:
-        """Bytes of boundary tensors between its devices, there and back, for so many samples."""
-        per_sample = sum(stage.boundary_bytes for stage in self.plan.stages) / self.plan.microbatch_size
-        return int(2 * per_sample * num_samples)
-
-    def with_samples(self, num_samples: int) -> ClientSetup:
-        """The same client, now that it is known how many samples it has."""
-        return replace(
-            self,
-            round_samples=self.work.num_examples(num_samples),
-            predicted_s=ideal_round_s(self.round_work(num_samples)),
-        )
-
-    def round_work(self, num_samples: int, *, round: int | None = None) -> ClientWork:
-        """What a round is to the clock, with so many samples; None for one with all of the work."""
-        work = self.work if round is None else self.work.of_round(self.name, round)
-        num_batches = work.num_batches(num_samples)
-        return ClientWork(self.name, self.client.uplink, self.plan, num_batches, self.moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +81,8 @@ class Prepared:
     probe: Probe | None = None
 
     @property
-    def is_planned(self) -> bool:
-        """Whether each client has a plan."""
+    def is_traced(self) -> bool:
+        """Whether the model was traced."""
         return True
 
     @property
@@ -183,6 +107,8 @@ class Prepared:
     @property
     def num_devices(self) -> int:
         """Devices that train, of all clients."""
+        if isinstance(self.clients, Population):
+            return self.clients.num_devices
         return sum(setup.plan.num_devices for setup in self.clients.values())
 
     def initial_state(self) -> dict[str, torch.Tensor]:
@@ -191,13 +117,15 @@ class Prepared:
 
     @property
     def plans(self) -> dict[str, Plan]:
-        """Each client's plan."""
+        """Each client's plan; of a large population each kind's."""
+        if isinstance(self.clients, Population):
+            return self.clients.plans
         return {name: setup.plan for name, setup in self.clients.items()}
 
     @property
     def has_clients_data(self) -> bool:
         """Whether the clients' samples are in this process."""
-        return all(setup.rows is not None for setup in self.clients.values())
+        return isinstance(self.clients, Population)
 
     def whole_stage(self) -> StageBlueprint:
         """The model as a single stage."""
@@ -235,12 +163,10 @@ def plan_split(job: Job, data: TrainTest, names: Sequence[str], rows: Sequence[t
     Raises:
         TraceError, PlanError: as named.
     """
-    prepared = _plan_clients(job, data)
-    clients = {
-        name: replace(setup.with_samples(len(indices)), data=data.train, rows=indices)
-        for (name, setup), indices in zip(prepared.clients.items(), rows, strict=True)
-    }
-    return replace(prepared, clients=clients, table=describe(data.train, rows, names))
+    planned = _plan_clients(job, data)
+    clients = Population(job.topology.clients, planned.kinds, planned.kind_of, data.train, rows)
+    table = describe(data.train, rows, names) if len(names) <= MANY_CLIENTS else ()
+    return replace(planned.prepared, clients=clients, table=table)
 
 
 def prepare_without_clients_data(job: Job) -> Prepared:
@@ -254,7 +180,12 @@ def prepare_without_clients_data(job: Job) -> Prepared:
         raise ConfigError(
             "attacks are simulated, not made on clients elsewhere; use engine=simulate or local"
         )
-    return _plan_clients(job, job.source().load())
+    planned = _plan_clients(job, job.source().load())
+    clients = {
+        client.name: replace(planned.kinds[kind], client=client)
+        for client, kind in zip(job.topology.clients, planned.kind_of, strict=True)
+    }
+    return replace(planned.prepared, clients=clients)
 
 
 def plan_anew(prepared: Prepared, setup: ClientSetup, devices: Sequence[Device]) -> ClientSetup:
@@ -274,17 +205,15 @@ def cut_by(prepared: Prepared, setup: ClientSetup, plan: Plan, devices: Sequence
         PlanError: the plan's placement is not its schedule's.
     """
     blueprints = draw_blueprints(prepared.graph, plan.cuts, device=torch.device("cpu"))
-    anew = replace(
+    return replace(
         setup,
         client=setup.client.model_copy(update={"devices": tuple(devices)}),
         plan=plan,
-        blueprints=blueprints,
-        moved=_moved(prepared.job, prepared.graph, setup.work, plan, blueprints),
+        pieces=blueprints,
+        moved=moved_bytes(prepared.job, prepared.specs, setup.work, plan, blueprints),
         work=local_work(prepared.job, plan, setup.work.scope),
-        round_samples=0,
-        predicted_s=0.0,
+        num_samples=0 if setup.rows is None else len(setup.rows),
     )
-    return anew if setup.rows is None else anew.with_samples(len(setup.rows))
 
 
 def set_up_client(job: Job, graph: LayerGraph, model: nn.Module, client: Client) -> ClientSetup:
@@ -296,8 +225,8 @@ def set_up_client(job: Job, graph: LayerGraph, model: nn.Module, client: Client)
     plan = _plan(job, graph, model, client)
     blueprints = draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
     work = local_work(job, plan, job.strategy.scope(graph.state))
-    moved = _moved(job, graph, work, plan, blueprints)
-    return ClientSetup(client, plan, blueprints, moved, work, None, None, 0, 0.0)
+    moved = moved_bytes(job, graph.state, work, plan, blueprints)
+    return ClientSetup(client, plan, blueprints, moved, work, None, None)
 
 
 def local_work(job: Job, plan: Plan, scope: Scope) -> LocalWork:
@@ -359,34 +288,48 @@ def build_model(job: Job) -> nn.Module:
         return job.model()
 
 
-def _plan_clients(job: Job, data: TrainTest) -> Prepared:
-    model = build_model(job)
-    example = example_input(data.train, job.batch_size)
-    graph = trace_model(job, model, example)
-    scope = job.strategy.scope(graph.state)
+def scope_of(job: Job, specs: Mapping[str, StateSpec]) -> Scope:
+    """What of a model travels.
+
+    Raises:
+        ConfigError: the strategy does not fit the model or the downlink.
+    """
+    scope = job.strategy.scope(specs)
     if scope.fragments and job.downlink_channel({}).chain.keeps_estimate:
         raise ConfigError(
             f"downlink: EF21 sends differences to the round before, of which {type(job.strategy).__name__}'s clients "
             f"have one of {len(scope.fragments)} fragments; leave ef21 out of downlink"
         )
-    alike: dict[str, ClientSetup] = {}
-    clients = {}
-    for client in job.topology.clients:
-        key = hashlib.sha256(f"{client.devices}{client.links}".encode()).hexdigest()
-        if key not in alike:
-            alike[key] = set_up_client(job, graph, model, client)
-        clients[client.name] = replace(alike[key], client=client)
-    return Prepared(
+    return scope
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """A job without its clients, and the kinds of clients that there are."""
+
+    prepared: Prepared
+    kinds: Sequence[ClientSetup]
+    kind_of: Sequence[int]
+
+
+def _plan_clients(job: Job, data: TrainTest) -> _Planned:
+    model = build_model(job)
+    example = example_input(data.train, job.batch_size)
+    graph = trace_model(job, model, example)
+    scope = scope_of(job, graph.state)
+    prepared = Prepared(
         job=job,
         model=model,
         graph=graph,
         data=data,
-        clients=clients,
+        clients={},
         table=(),
         sample_shape=tuple(example.shape[1:]),
         sample_dtype=example.dtype,
         scope=scope,
     )
+    kinds, kind_of = kinds_of(job.topology.clients, lambda client: set_up_client(job, graph, model, client))
+    return _Planned(prepared, kinds, kind_of)
 
 
 def example_input(data: Dataset, batch_size: int) -> torch.Tensor:
@@ -447,38 +390,22 @@ def _schedule(job: Job, plan: Plan) -> Schedule | PlacedSchedule:
     return schedule
 
 
-def _shared(work: LocalWork, blueprint: StageBlueprint) -> tuple[str, ...]:
-    names = trained_names([blueprint.state[name] for name in blueprint.owned])
-    return tuple(name for name in names if name not in work.scope.own)
-
-
-def _received(work: LocalWork, blueprints: Sequence[StageBlueprint]) -> tuple[str, ...]:
-    slots = work.rule.received if work.rule else ()
-    names = {
-        name: None
-        for blueprint in blueprints
-        for name, spec in blueprint.state.items()
-        if spec.kind == "parameter" and spec.requires_grad and name not in work.scope.own
-    }
-    return tuple(received_name(slot, name) for slot in slots for name in names)
-
-
-def _moved(
-    job: Job, graph: LayerGraph, work: LocalWork, plan: Plan, blueprints: Sequence[StageBlueprint]
+def moved_bytes(
+    job: Job, specs: Mapping[str, StateSpec], work: LocalWork, plan: Plan, pieces: Sequence[Piece]
 ) -> tuple[DeviceWork, ...]:
     """Bytes of tensors, as they travel, that each device pulls and pushes in a round; a mean where rounds differ."""
-    uplink, downlink = job.uplink_channel(graph.state), job.downlink_channel(graph.state)
+    uplink, downlink = job.uplink_channel(specs), job.downlink_channel(specs)
     cycle = max(1, len(work.scope.fragments))
     moved = []
     for device, stages in zip(plan.devices, plan.placement, strict=True):
         down = up = 0
-        for blueprint in (blueprints[stage] for stage in stages):
+        for piece in (pieces[stage] for stage in stages):
             for round in range(2, 2 + cycle):
-                pulled = work.scope.pulled(blueprint.state, round, whole=False)
-                pushed = work.scope.pushed(_shared(work, blueprint), round)
+                pulled = work.scope.pulled(piece.state, round, whole=False)
+                pushed = work.scope.pushed(shared_names(work, piece), round)
                 down += sum(downlink.num_bytes(name) for name in pulled)
                 up += sum(uplink.num_bytes(name) for name in pushed)
-            slots = _received(work, [blueprint])
-            down += cycle * sum(blueprint.state[name.partition("/")[2]].num_bytes for name in slots)
+            slots = received_names(work, [piece])
+            down += cycle * sum(piece.state[name.partition("/")[2]].num_bytes for name in slots)
         moved.append(DeviceWork(device, down / cycle, up / cycle))
     return tuple(moved)

@@ -108,7 +108,7 @@ def _run(
     observe(Note("reading data, tracing the model, planning"))
     prepared = engine.prepare(job)
     model = _initial_model(prepared)
-    checkpoints = CheckpointStore(directory.path / "checkpoints")
+    checkpoints = CheckpointStore(directory.path / "checkpoints", before=directory.sync_metrics)
     before: tuple[RoundRecord, ...] = ()
     roster: Roster = {}
     if resume:
@@ -255,6 +255,7 @@ def _write_results(
     observe: Observer,
 ) -> None:
     timeline = next(iter(outcome.timelines.values()), ())
+    directory.sync_metrics()
     directory.write_summary(summary)
     directory.write_pictures(
         plans=prepared.plans,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,8 +24,10 @@ from fedmp.coordinator import (
 )
 from fedmp.data import Dataset
 from fedmp.engine.attacked import AttackedClients
+from fedmp.engine.population import MANY_CLIENTS, Population, Told
 from fedmp.engine.prepare import Prepared
 from fedmp.engine.ranks import Ranks
+from fedmp.engine.setup import ClientSetup
 from fedmp.errors import RoundError
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
 from fedmp.records import DeviceReport, Observer, RoundRecord, TimedAction
@@ -44,6 +46,8 @@ __all__ = [
 ]
 
 _EVALUATION_BATCH = 500
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,18 +162,30 @@ def round_settings(session: Session) -> RoundSettings:
     """What the coordinator's round loop needs to know of a job."""
     prepared = session.prepared
     clients = prepared.clients
+    if isinstance(clients, Population):
+        num_samples, round_samples = clients.num_samples, clients.round_samples
+    else:
+        num_samples = lambda name: clients[name].num_samples  # noqa: E731
+        round_samples = lambda name: clients[name].round_samples  # noqa: E731
     return RoundSettings(
         clients=tuple(clients),
-        round_samples={name: setup.round_samples for name, setup in clients.items()},
-        predicted_s={name: setup.predicted_s for name, setup in clients.items()},
+        round_samples=_of_each(clients, round_samples),
+        predicted_s=_of_each(clients, lambda name: clients[name].predicted_s),
         first_round=session.first_round,
         last_round=prepared.job.rounds,
         seed=prepared.job.seed,
         fingerprint=prepared.fingerprint,
         late=session.late,
-        num_samples={name: setup.num_samples for name, setup in clients.items()},
+        num_samples=_of_each(clients, num_samples),
         roster=session.roster,
     )
+
+
+def _of_each(clients: Mapping[str, ClientSetup], tell: Callable[[str], T]) -> Mapping[str, T]:
+    """Something of each client; of a large population when it is asked for."""
+    if len(clients) > MANY_CLIENTS:
+        return Told(clients, tell)
+    return {name: tell(name) for name in clients}
 
 
 def evaluator(session: Session) -> Callable[[], tuple[float | None, float | None]]:
@@ -178,7 +194,7 @@ def evaluator(session: Session) -> Callable[[], tuple[float | None, float | None
     test = prepared.data.test
     if len(test) == 0:
         return lambda: (None, None)
-    if not prepared.is_planned:
+    if not prepared.is_traced:
         return _plain_evaluator(session)
     stage = Stage(prepared.whole_stage(), session.model.state)
     runner = StageRunner(stage, prepared.job.task)

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
-from torch import nn
 
-from fedmp.client import LocalRound, StateStore
-from fedmp.clock import Clock
+from fedmp.client import LocalRound, StateStore, Wire
+from fedmp.cohort import Probe
 from fedmp.component import Component
-from fedmp.coordinator import Clients, ClientUpdate, Opening, Trained
+from fedmp.coordinator import ClientUpdate, Opening, Trained
 from fedmp.engine.arrivals import Arrivals, predict_arrivals
 from fedmp.engine.at_once import ManyAtOnce, deals_out_fragments, is_mean_by_samples, try_out, why_one_by_one
-from fedmp.engine.cohort import CohortClients, Member, cohort_settings, local_counts
 from fedmp.engine.cohort_updates import Trainee
 from fedmp.engine.held import Held, HeldUpdates
 from fedmp.engine.job import Job
 from fedmp.engine.paced import PacedCheckpoints
-from fedmp.engine.prepare import ClientSetup, Prepared, build_model, load_and_split, plan_split
+from fedmp.engine.population import Population
+from fedmp.engine.prepare import Prepared, build_model, load_and_split, plan_split
 from fedmp.engine.ranked import RankedTrainer, serve
 from fedmp.engine.ranks import Message, Ranks, RankSettings
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
+from fedmp.engine.setup import ClientSetup
 from fedmp.engine.simulated_time import SimulatedTime
-from fedmp.engine.simulated_wire import SimulatedWire
+from fedmp.engine.simulated_wire import HandedOut, SimulatedWire
 from fedmp.engine.traffic import Traffic
-from fedmp.engine.unplanned import Rows, Unplanned
+from fedmp.engine.untraced import Untraced, needs_no_trace
 from fedmp.errors import ConfigError
-from fedmp.graph import state_specs
 from fedmp.pipeline import BatchResult, StageRunner
 from fedmp.records import Note, Progress, state_key
 from fedmp.schedule import OneFOneB
@@ -79,20 +79,18 @@ class SimulateEngine(Component):
             )
         data, names, parts = load_and_split(job)
         reason = "as asked" if self.cohort == "sequential" else why_one_by_one(job)
-        if not reason:
-            model = build_model(job)
-            reason = deals_out_fragments(job, model)
+        model = build_model(job)
+        reason = reason or deals_out_fragments(job, model)
+        found = Probe(reason)
         if not reason:
             found = try_out(job, model, data.train, parts[0], draws_noise=self.cohort == "vectorized")
-            if not found.refusal and not _needs_plans(job, model):
-                return Unplanned(job, model, data, Rows(names, parts), found)
-            if not found.refusal:
-                return replace(plan_split(job, data, names, parts), probe=found)
-            reason = found.refusal
-        if self.cohort == "vectorized":
-            raise ConfigError(f"engine.cohort=vectorized: {reason}; use engine.cohort=auto or sequential")
-        note = f"clients are trained one after another: {reason}"
-        return replace(plan_split(job, data, names, parts), notes=(note,))
+        if self.cohort == "vectorized" and found.refusal:
+            raise ConfigError(
+                f"engine.cohort=vectorized: {found.refusal}; use engine.cohort=auto or sequential"
+            )
+        if needs_no_trace(job):
+            return Untraced(job, model, data, parts, found)
+        return replace(plan_split(job, data, names, parts), probe=found)
 
     def run(self, session: Session) -> Outcome:
         """Run the rounds.
@@ -100,35 +98,27 @@ class SimulateEngine(Component):
         Raises:
             TrainingError: a client's loss is not finite.
         """
-        for note in session.prepared.notes:
-            session.observe(Note(note))
-        if session.prepared.probe is not None:
-            return self._run_at_once(session)
-        clients = SimulatedClients(session, _with_ranks(session, OneByOne(session)))
-        startup_s = time.monotonic() - session.started_s
-        return Outcome(run_session(session, round_settings(session), clients), startup_s)
-
-    def _run_at_once(self, session: Session) -> Outcome:
+        if not _is_at_once(session.prepared):
+            found = session.prepared.probe
+            why = found.refusal if found else "as asked"
+            session.observe(Note(f"clients are trained one after another: {why}"))
+            clients = SimulatedClients(session, _with_ranks(session, OneByOne(session)))
+            startup_s = time.monotonic() - session.started_s
+            return Outcome(run_session(session, round_settings(session), clients), startup_s)
         trainer = ManyAtOnce(session, chunk=self.chunk, workers=self.workers)
         told = f"clients are trained {trainer.chunk} at once by {trainer.workers} threads"
         if session.ranks is not None:
             told += f" of each of {session.ranks.size} processes"
-        everyone = _with_ranks(session, trainer)
-        clients: Clients
-        if isinstance(session.prepared, Unplanned):
-            clients, settings = CohortClients(session, everyone), cohort_settings(session)
-            told += ", without plans: simulated times are 0, and engine.cohort=sequential predicts them"
-        else:
-            clients, settings = SimulatedClients(session, everyone), round_settings(session)
         session.observe(Note(told))
         if not _remembers(session.prepared):
             paced = PacedCheckpoints(
                 session.checkpoints, last_round=session.prepared.job.rounds, every_s=self.checkpoint_s
             )
             session = replace(session, checkpoints=paced)
+        clients = SimulatedClients(session, _with_ranks(session, trainer))
         startup_s = time.monotonic() - session.started_s
         try:
-            return Outcome(run_session(session, settings, clients), startup_s)
+            return Outcome(run_session(session, round_settings(session), clients), startup_s)
         finally:
             trainer.close()
 
@@ -143,13 +133,10 @@ class SimulateEngine(Component):
         """
         prepared, ranks = session.prepared, session.ranks
         assert ranks is not None
-        if isinstance(prepared, Unplanned):
-            work = local_counts(prepared.job)
-            return self._serve(session, ranks, lambda name: Member(name, prepared.rows[name], work))
         return self._serve(session, ranks, lambda name: prepared.clients[name])
 
     def _serve(self, session: Session, ranks: Ranks, member: Callable[[str], Trainee]) -> Message:
-        if session.prepared.probe is None:
+        if not _is_at_once(session.prepared):
             return serve(ranks, OneByOne(session), member)
         trainer = ManyAtOnce(session, chunk=self.chunk, workers=self.workers)
         try:
@@ -211,10 +198,13 @@ class SimulatedClients:
         finish_s: Callable[[ClientSetup, int], float] | None = None,
     ) -> None:
         self._prepared = session.prepared
+        clients = session.prepared.clients
+        assert isinstance(clients, Population)
+        self._place = clients.places.__getitem__
         self._trainer = trainer
         self._time = SimulatedTime(session)
         self._finish_s = finish_s or self._time.finish_s
-        self._wire = SimulatedWire(session, session.prepared.graph.state)
+        self._wire = SimulatedWire(session, session.prepared.specs)
         self._traffic = Traffic(self._wire.uplink, self._wire.downlink)
         self._is_mean = is_mean_by_samples(session.prepared.job) and self._wire.uplink.is_plain
         self._store = HeldUpdates(session.journal_folder / "late")
@@ -227,48 +217,80 @@ class SimulatedClients:
             RoundError: fewer clients than the minimum ever finish.
             TrainingError: a client's loss is not finite.
         """
-        clients, round = self._prepared.clients, opening.round
+        known, round = dict[str, ClientSetup](), opening.round
         self._time.open(opening)
+
+        def setup_of(client: str) -> ClientSetup:
+            if client not in known:
+                known[client] = self._prepared.clients[client]
+            return known[client]
+
         arrivals = predict_arrivals(
             opening,
-            order=tuple(clients),
+            place=self._place,
             left_s={client: held.left_s for client, held in self._held.items()},
-            finish_s=lambda client: self._finish_s(clients[client], round),
+            finish_s=lambda client: self._finish_s(setup_of(client), round),
         )
         late, lost = self._late(opening, arrivals)
         faults, recoveries = self._time.close(arrivals)
-        took_part = {*arrivals.counted, *arrivals.left_s}
-        begun = [setup for name, setup in clients.items() if name in took_part and name not in opening.late]
+        took_part = sorted((*arrivals.counted, *arrivals.left_s), key=self._place)
+        begun = [setup_of(name) for name in took_part if name not in opening.late]
         needed = [setup for setup in begun if setup.name not in lost]
         handed_out = self._wire.hand_out(round)
         is_summed = self._is_mean and not late and not self._held
         made = self._trainer.train(
             needed, round=round, states=opening.states, handed_out=handed_out.tensors, keep=not is_summed
         )
-        arriving = dict(self._held)
-        for setup, update in zip(needed, made, strict=True):
-            base = opening.states.get(setup.name, "")
-            arriving[setup.name] = self._send(setup, update, base, handed_out.tensors)
+        if is_summed:
+            arriving, bytes_up = dict[str, Held](), self._bytes_up(needed, made, handed_out)
+        else:
+            arriving = dict(self._held)
+            for setup, update in zip(needed, made, strict=True):
+                base = opening.states.get(setup.name, "")
+                arriving[setup.name] = self._send(setup, update, base, handed_out.tensors)
+            bytes_up = sum(arriving[name].num_bytes for name in arrivals.counted)
         self._held = {
             client: replace(self._held.get(client) or _by_itself(arriving[client]), left_s=left_s)
             for client, left_s in late.items()
         }
         self._store.save(round, self._held)
-        counted = [name for name in clients if name in arrivals.counted]
+        counted = sorted(arrivals.counted, key=self._place)
         updates = made if is_summed else [arriving[name].update for name in counted]
         return Trained(
             updates=updates,
             late={client: arriving[client].update.round for client in late},
             sat_out=lost,
-            bytes_up=sum(arriving[name].num_bytes for name in counted),
-            bytes_down=sum(
-                self._traffic.down(clients[name], payload, round=round, is_first=not opening.states.get(name))
-                for payload, names in self._wire.payloads(handed_out, [setup.name for setup in begun])
-                for name in names
-            ),
+            bytes_up=bytes_up,
+            bytes_down=self._bytes_down(handed_out, begun, opening),
             faults=faults,
             recoveries=recoveries,
             simulated_s=arrivals.duration_s,
+        )
+
+    def _bytes_down(self, handed_out: HandedOut, begun: Sequence[ClientSetup], opening: Opening) -> int:
+        """Bytes of what those receive who begin; of clients that are cut alike found out once."""
+        by_name = {setup.name: setup for setup in begun}
+        total = 0
+        for payload, names in self._wire.payloads(handed_out, list(by_name)):
+            known: dict[tuple[int, bool], int] = {}
+            for name in names:
+                setup, is_first = by_name[name], not opening.states.get(name)
+                key = id(setup.pieces), is_first and setup.work.scope.keeps_values
+                if key not in known:
+                    known[key] = self._traffic.down(setup, payload, round=opening.round, is_first=is_first)
+                total += known[key]
+        return total
+
+    def _bytes_up(
+        self, cohort: Sequence[ClientSetup], made: Sequence[ClientUpdate], handed_out: HandedOut
+    ) -> int:
+        """Bytes of a cohort's updates, which all hold the same tensors, and travel as they are."""
+        names = tuple(made[0]) if made else ()
+        alike = Counter(id(setup.pieces) for setup in cohort)
+        one_of = {id(setup.pieces): setup for setup in cohort}
+        return sum(
+            count * self._traffic.plain_up(one_of[kind], names, handed_out.tensors)
+            for kind, count in alike.items()
         )
 
     def _send(
@@ -292,13 +314,12 @@ class SimulatedClients:
         """Who goes on, with the seconds that are left; and whose updates count in no round, and why."""
         late, lost = dict[str, float](), dict[str, str]()
         oldest = opening.closing.oldest(opening.round)
-        for client in self._prepared.clients:
-            if client in arrivals.left_s:
-                left_s, begun = arrivals.left_s[client], opening.late.get(client, opening.round)
-                if oldest is None or begun < oldest or math.isinf(left_s):
-                    lost[client] = self._time.reason(client)
-                else:
-                    late[client] = left_s
+        for client in sorted(arrivals.left_s, key=self._place):
+            left_s, begun = arrivals.left_s[client], opening.late.get(client, opening.round)
+            if oldest is None or begun < oldest or math.isinf(left_s):
+                lost[client] = self._time.reason(client)
+            else:
+                late[client] = left_s
         return late, lost
 
 
@@ -372,28 +393,21 @@ def _with_ranks(session: Session, trainer: ManyAtOnce | OneByOne) -> Any:
     return trainer if session.ranks is None else RankedTrainer(session.ranks, trainer)
 
 
-def _needs_plans(job: Job, model: nn.Module) -> bool:
-    """Whether a run without plans, in which each client finishes every round at once, is another."""
-    closing = job.strategy.closing(len(job.topology.clients))
-    return (
-        closing.refills
-        or closing.deadline_s is not None
-        or closing.num_training != closing.wanted
-        or job.clock != Clock()
-        or any(len(client.devices) > 1 for client in job.topology.clients)
-        or job.strategy.local_rule is not None
-        or job.strategy.scope(state_specs(model)).keeps_values
-    )
+def _is_at_once(prepared: Prepared) -> bool:
+    """Whether clients can be trained many at once."""
+    return prepared.probe is not None and not prepared.probe.refusal
 
 
 def _remembers(prepared: Prepared) -> bool:
     """Whether rounds leave more behind than the global model, so that each must be committed by itself."""
     job = prepared.job
     closing = job.strategy.closing(prepared.num_clients)
-    rule, keeps_residual = job.strategy.local_rule, job.uplink_channel(prepared.specs).chain.keeps_residual
+    rule, specs = job.strategy.local_rule, prepared.specs
+    wire = Wire("", job.uplink_channel(specs), job.downlink_channel(specs))
     return (
         closing.oldest(job.rounds) is not None
-        or keeps_residual
+        or wire.keeps_state
+        or wire.downlink.chain.keeps_estimate
         or job.strategy.keeps_optimizer
         or bool(rule and rule.kept)
         or job.strategy.scope(prepared.specs).keeps_values

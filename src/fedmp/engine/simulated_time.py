@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Container
 
-from fedmp.clock import ClientTiming, ClientWork, time_clients
+from fedmp.clock import Always, ClientTiming, ClientWork, ideal_round_s, time_clients
 from fedmp.coordinator import Opening
 from fedmp.engine.arrivals import Arrivals
-from fedmp.engine.prepare import ClientSetup, plan_anew
+from fedmp.engine.prepare import plan_anew
 from fedmp.engine.session import Session
+from fedmp.engine.setup import ClientSetup
 from fedmp.errors import PlanError
 from fedmp.records import ClockEvent, RoundTimed
 
@@ -29,24 +30,33 @@ class SimulatedTime:
         self._session = session
         self._job = session.prepared.job
         self._now_s = session.simulated_s
-        self._setups: dict[str, ClientSetup | None] = dict(session.prepared.clients)
+        self._clients = session.prepared.clients
+        self._is_logged = self._job.clock.is_logged(len(self._clients))
+        self._changed: dict[str, ClientSetup | None] = {}  # by the loss of devices
+        # nothing but plans and links decides, and no one wants to know of the moments between
+        self._is_ideal = not self._is_logged and self._job.clock.is_ideal
+        self._known_s: dict[tuple[int, int, int], float] = {}
         self._timings: dict[str, ClientTiming] = {}
         self._round = session.first_round - 1
         for client in {loss.device.partition("/")[0] for loss in self._job.clock.losses}:
-            self._setups[client] = self._left(client, range(1, session.first_round))
+            self._changed[client] = self._left(client, range(1, session.first_round))
 
     def open(self, opening: Opening) -> None:
         """A round opens: its cohort begins."""
         self._round = opening.round
         self._timings = {}
+        if self._is_ideal:  # each client's time is known by its plan, when it is asked for
+            return
         works = [work for client in opening.cohort if (work := self._work(client)) is not None]
         for timing in self._time(works):
             self._timings[timing.client] = timing
         for client in {loss.device.partition("/")[0] for loss in self._job.clock.losses}:
-            self._setups[client] = self._left(client, range(1, opening.round + 1))
+            self._changed[client] = self._left(client, range(1, opening.round + 1))
 
     def finish_s(self, setup: ClientSetup, round: int) -> float:
         """Seconds in which a client finishes that begins now; infinite if it never does."""
+        if self._is_ideal:
+            return self._ideal_s(setup, round)
         if setup.name not in self._timings:
             work = self._work(setup.name)
             if work is None:
@@ -57,20 +67,22 @@ class SimulatedTime:
     def away(self) -> frozenset[str]:
         """Clients that cannot work just now."""
         availability, seed = self._job.clock.availability, self._job.seed
-        windows = {c: availability.window(c, self._now_s, seed=seed) for c in self._setups}
+        if isinstance(availability, Always):
+            return frozenset()
+        windows = {c: availability.window(c, self._now_s, seed=seed) for c in self._clients}
         return frozenset(c for c, w in windows.items() if w is None or w.start_s > self._now_s)
 
     def reason(self, client: str) -> str:
         """Why a client's update does not count: what became of it, or that it is late."""
         timing = self._timings.get(client)
         if timing is None:
-            return _GONE if self._setups[client] is None else "late"
+            return _GONE if self._setup(client) is None else "late"
         return timing.reason or "late"
 
     def close(self, arrivals: Arrivals) -> tuple[int, int]:
         """The round closes; returns the devices and clients that were lost, and the attempts after the first."""
         timings = self._timings.values()
-        if self._job.clock.log:
+        if self._is_logged:
             events = [
                 event._replace(what="late")
                 if event.what == "arrived" and event.client in arrivals.left_s
@@ -85,6 +97,19 @@ class SimulatedTime:
         losses = sum(event.what == "lost" for timing in timings for event in timing.events)
         return losses, sum(max(timing.attempts - 1, 0) for timing in timings)
 
+    def _ideal_s(self, setup: ClientSetup, round: int) -> float:
+        """Seconds of a client's round; of clients with the same plan, link and work found out once."""
+        work = setup.work.of_round(setup.name, round)
+        # pieces and links live as long as the job
+        key = id(setup.pieces), id(setup.client.uplink), work.num_batches(setup.num_samples)
+        if key not in self._known_s:
+            self._known_s[key] = ideal_round_s(setup.round_work(setup.num_samples, round=round))
+        return self._known_s[key]
+
+    def _setup(self, client: str) -> ClientSetup | None:
+        """A client as its losses have left it; None if it cannot train any more."""
+        return self._changed[client] if client in self._changed else self._clients[client]
+
     def _time(self, works: list[ClientWork]) -> list[ClientTiming]:
         return time_clients(
             works, self._job.clock, round=self._round, seed=self._job.seed, start_s=self._now_s
@@ -92,7 +117,7 @@ class SimulatedTime:
 
     def _work(self, client: str) -> ClientWork | None:
         """What a client does in this round, in which it may lose a device; None if it cannot take part."""
-        setup = self._setups[client]
+        setup = self._setup(client)
         if setup is None:
             return None
         work = _work_of(setup, self._round)

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from fedmp.client import stage_body, update_body
-from fedmp.engine.prepare import ClientSetup
+from fedmp.engine.setup import ClientSetup, Piece
 from fedmp.records import DeviceReport
-from fedmp.stages import StageBlueprint
 from fedmp.updates import Channel
 
 __all__ = ["Traffic"]
@@ -30,8 +29,8 @@ class Traffic:
         self._uplink = uplink
         self._downlink = downlink
         self._known: dict[tuple[bool, _Looks], int] = {}
-        # clients that are cut alike share their blueprints, which are held here so that ids stay theirs
-        self._alike: dict[tuple[int, tuple[str, ...]], tuple[Sequence[StageBlueprint], int]] = {}
+        # clients that are cut alike share their pieces, which are held here so that ids stay theirs
+        self._alike: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Piece], int]] = {}
 
     def up(self, setup: ClientSetup, payload: Mapping[str, torch.Tensor]) -> int:
         """Bytes of a client's update.
@@ -54,19 +53,11 @@ class Traffic:
             names: of its tensors.
             like: tensors of the same dtypes and shapes.
         """
-        key = id(setup.blueprints), tuple(names)
+        key = id(setup.pieces), tuple(names)
         if key not in self._alike:
             num_bytes = self.up(setup, {name: like[name] for name in key[1]})
-            self._alike[key] = setup.blueprints, num_bytes
+            self._alike[key] = setup.pieces, num_bytes
         return self._alike[key][1]
-
-    def whole_up(self, payload: Mapping[str, torch.Tensor]) -> int:
-        """Bytes of the update of a client that is one device."""
-        return self._length(payload, is_update=True)
-
-    def whole_down(self, payload: Mapping[str, torch.Tensor]) -> int:
-        """Bytes of the global model for a client that is one device."""
-        return self._length(payload, is_update=False)
 
     def down(
         self, setup: ClientSetup, payload: Mapping[str, torch.Tensor], *, round: int, is_first: bool
@@ -101,8 +92,7 @@ class Traffic:
 def _pushed(setup: ClientSetup) -> list[list[str]]:
     """The tensors that each device of a client owns."""
     return [
-        [name for stage in stages for name in setup.blueprints[stage].owned]
-        for stages in setup.plan.placement
+        [name for stage in stages for name in setup.pieces[stage].owned] for stages in setup.plan.placement
     ]
 
 
@@ -110,8 +100,8 @@ def _pulled(setup: ClientSetup, round: int, *, is_first: bool) -> list[tuple[str
     """The tensors that each device of a client pulls."""
     pulled = []
     for stages in setup.plan.placement:
-        blueprints = [setup.blueprints[stage] for stage in stages]
-        names = dict.fromkeys(name for blueprint in blueprints for name in blueprint.state)
-        everything = (*names, *setup.received(blueprints))
+        pieces = [setup.pieces[stage] for stage in stages]
+        names = dict.fromkeys(name for piece in pieces for name in piece.state)
+        everything = (*names, *setup.received(pieces))
         pulled.append(setup.work.scope.pulled(everything, round, whole=is_first))
     return pulled

@@ -9,6 +9,7 @@ from fedmp.graph.measure import measure_flops_per_s
 from fedmp.graph.profile import profile
 from fedmp.graph.specs import state_specs
 from fedmp.graph.trace import trace
+from fedmp.graph.whole import profile_whole
 
 __all__ = [
     "Chain",
@@ -19,6 +20,7 @@ __all__ = [
     "apply_cut_rules",
     "measure_flops_per_s",
     "profile",
+    "profile_whole",
     "state_specs",
     "trace",
 ]

@@ -7,14 +7,14 @@ twice the forward, as usual (Kaplan et al., 2020, section 2.1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
 from fedmp.graph.estimate import FLOPS_PER_BYTE, CallCost, estimate_calls, shape_at
-from fedmp.graph.layer_graph import LayerGraph, ModeGraph, node_value
+from fedmp.graph.layer_graph import LayerGraph, ModeGraph, StateSpec, node_value
 from fedmp.graph.measure import (
     LayerTime,
     measure_flops_per_s,
@@ -23,9 +23,9 @@ from fedmp.graph.measure import (
 )
 from fedmp.records import LayerProfile, Profile
 
-__all__ = ["profile"]
+__all__ = ["REFERENCE_FLOPS_PER_S", "estimated_profile", "profile"]
 
-_REFERENCE_FLOPS_PER_S = 1e11
+REFERENCE_FLOPS_PER_S = 1e11
 # kernels that are loaded or compiled when first used, and small buffers: 3 to 10 MiB in processes that trained
 # models of a few kB with torch 2.13 (benchmarks/costs.py)
 _PROCESS_BYTES = 5 << 20
@@ -67,25 +67,46 @@ def profile(
         size = microbatch_size or graph.batch_size
         measured = measure_layers(graph, model, size)
         times = [LayerTime(time.forward_s / size, time.backward_s / size) for time in measured]
-        reference = measure_flops_per_s()
-        update_s_per_byte = measure_update_s_per_byte(optimizer_copies)
+        changes: dict[str, Any] = {
+            "reference_flops_per_s": measure_flops_per_s(),
+            "update_s_per_byte": measure_update_s_per_byte(optimizer_copies),
+        }
     else:
         times = _estimated_times(graph, calls, num_samples)
-        reference = _REFERENCE_FLOPS_PER_S
-        # a copy is scaled (2 accesses) and added to (3), and then the weights are (3)
-        update_s_per_byte = (5 * optimizer_copies + 3) * FLOPS_PER_BYTE / reference
-    return Profile(
-        layers=tuple(_layer(graph, index, calls, times[index], num_samples) for index in range(len(times))),
-        parameter_bytes={
-            spec.name: spec.num_bytes for spec in graph.state.values() if spec.kind == "parameter"
-        },
-        reference_flops_per_s=reference,
+        changes = {}
+    profiled = estimated_profile(
+        tuple(_layer(graph, index, calls, times[index], num_samples) for index in range(len(times))),
+        graph.state,
         batch_size=batch_size or graph.batch_size,
         optimizer_copies=optimizer_copies,
-        update_s_per_byte=update_s_per_byte,
+    )
+    return profiled.model_copy(update={**changes, "method": method, "fingerprint": graph.fingerprint})
+
+
+def estimated_profile(
+    layers: tuple[LayerProfile, ...],
+    specs: Mapping[str, StateSpec],
+    *,
+    batch_size: int,
+    optimizer_copies: float,
+) -> Profile:
+    """A profile of layers whose times are estimated, for a device of 100 GFLOP/s.
+
+    Args:
+        layers: what each costs.
+        specs: of the model's tensors.
+        batch_size: samples in one optimizer step.
+        optimizer_copies: optimizer state in units of the parameters' size.
+    """
+    return Profile(
+        layers=layers,
+        parameter_bytes={spec.name: spec.num_bytes for spec in specs.values() if spec.kind == "parameter"},
+        reference_flops_per_s=REFERENCE_FLOPS_PER_S,
+        batch_size=batch_size,
+        optimizer_copies=optimizer_copies,
+        # a copy is scaled (2 accesses) and added to (3), and then the weights are (3)
+        update_s_per_byte=(5 * optimizer_copies + 3) * FLOPS_PER_BYTE / REFERENCE_FLOPS_PER_S,
         process_bytes=_PROCESS_BYTES,
-        method=method,
-        fingerprint=graph.fingerprint,
     )
 
 
@@ -93,7 +114,7 @@ def _estimated_times(graph: LayerGraph, calls: Sequence[CallCost], num_samples: 
     cuts = graph.train.cuts
     times = []
     for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
-        forward_s = sum(call.flops for call in calls[start:stop]) / _REFERENCE_FLOPS_PER_S / num_samples
+        forward_s = sum(call.flops for call in calls[start:stop]) / REFERENCE_FLOPS_PER_S / num_samples
         times.append(LayerTime(forward_s, 2 * forward_s))
     return times
 

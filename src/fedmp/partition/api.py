@@ -15,10 +15,10 @@ from fedmp.partition.balanced import Balanced
 from fedmp.partition.exact import Exact
 from fedmp.partition.partitioner import Partitioner
 from fedmp.partition.uniform import Uniform
-from fedmp.records import Plan
+from fedmp.records import Plan, Profile
 from fedmp.topology import Device, Link, Links
 
-__all__ = ["Costs", "partition", "plan_graph"]
+__all__ = ["Costs", "partition", "plan_graph", "plan_profile"]
 
 Costs: TypeAlias = Literal["flops", "measured"]
 
@@ -108,6 +108,35 @@ def plan_graph(
     model: nn.Module | None = None,
 ) -> Plan:
     """Cut a model that is traced already; see `partition`. Measured costs need the model itself."""
+    profiled = profile(
+        graph,
+        batch_size=batch_size,
+        optimizer_copies=optimizer_copies,
+        method=costs,
+        model=model,
+        microbatch_size=math.ceil((batch_size or graph.batch_size) / num_microbatches),
+    )
+    plan = plan_profile(
+        profiled,
+        devices=devices,
+        links=links,
+        partitioner=partitioner,
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+    )
+    return plan.model_copy(update={"fingerprint": graph.fingerprint}).with_graph(graph)
+
+
+def plan_profile(
+    profiled: Profile,
+    *,
+    devices: Sequence[Device],
+    links: Links | Link | None = None,
+    partitioner: str | Partitioner = "balanced",
+    num_microbatches: int = 8,
+    schedule: str | None = None,
+) -> Plan:
+    """Cut a model of which only the costs are known; see `partition`."""
     if isinstance(partitioner, str):
         if partitioner not in _BY_NAME:
             raise ConfigError(f"no partitioner is called {partitioner!r}; there are {', '.join(_BY_NAME)}")
@@ -118,15 +147,6 @@ def plan_graph(
         and "schedule" in type(partitioner).model_fields
     ):
         partitioner = partitioner.model_copy(update={"schedule": schedule})
-    profiled = profile(
-        graph,
-        batch_size=batch_size,
-        optimizer_copies=optimizer_copies,
-        method=costs,
-        model=model,
-        microbatch_size=math.ceil((batch_size or graph.batch_size) / num_microbatches),
-    )
     if links is None or isinstance(links, Link):
         links = Links(default=links or Link())
-    plan = partitioner.plan(profiled, devices, links, num_microbatches=num_microbatches)
-    return plan.model_copy(update={"fingerprint": graph.fingerprint}).with_graph(graph)
+    return partitioner.plan(profiled, devices, links, num_microbatches=num_microbatches)

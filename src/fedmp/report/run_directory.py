@@ -113,7 +113,7 @@ class RunDirectory:
         self._write("summary.json", json.dumps(_plain(summary), indent=2, ensure_ascii=False))
 
     def append_metrics(self, record: RoundRecord) -> None:
-        """Append a row to `metrics.jsonl`; it is on disk when this returns.
+        """Append a row to `metrics.jsonl`, where it survives this process; see `sync_metrics`.
 
         Args:
             record: a committed round.
@@ -125,8 +125,18 @@ class RunDirectory:
         with _explained(self.path), self.metrics_path.open("ab+") as file:
             _drop_torn_line(file)
             file.write(row.encode())
-            file.flush()
-            os.fsync(file.fileno())
+
+    def sync_metrics(self) -> None:
+        """Make all rows survive a loss of power as well.
+
+        A checkpoint holds the row of its own round, so rows need to be safe when the next one is saved, not before.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        if self.metrics_path.exists():
+            with _explained(self.path), self.metrics_path.open("rb+") as file:
+                os.fsync(file.fileno())
 
     def read_metrics(self) -> tuple[RoundRecord, ...]:
         """Read the rows of `metrics.jsonl`.

@@ -1,0 +1,134 @@
+"""A job whose clients have one device each, planned by one look at the model instead of a trace.
+
+With a single stage there is nothing to cut, and tracing costs more than many a simulation (torch's compiler alone
+takes 2 s to import). What a step costs is counted while the model's own forward runs once on one batch, with the same
+cost functions as a trace's; the graph is made when something else asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from fedmp.cohort import Probe, flat_optimizer
+from fedmp.data import TrainTest, describe
+from fedmp.engine.job import Job
+from fedmp.engine.population import MANY_CLIENTS, Population, kinds_of
+from fedmp.engine.prepare import Prepared, example_input, local_work, moved_bytes, scope_of, trace_model
+from fedmp.engine.setup import ClientSetup
+from fedmp.errors import PlanError
+from fedmp.graph import CutRules, LayerGraph, StateSpec, profile_whole, state_specs
+from fedmp.partition.api import plan_profile
+from fedmp.topology import Client
+
+__all__ = ["Untraced", "needs_no_trace"]
+
+
+def needs_no_trace(job: Job) -> bool:
+    """Whether all that a trace would tell of a job can be told without."""
+    return (
+        all(len(client.devices) == 1 for client in job.topology.clients)
+        and job.costs == "flops"
+        and not job.leaves
+        and job.cuts == CutRules()
+        and not job.clock.losses
+    )
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All of a model, as the only stage's piece."""
+
+    state: Mapping[str, StateSpec]
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """All of its tensors."""
+        return tuple(self.state)
+
+
+class Untraced(Prepared):
+    """A job that is ready to be simulated, with a plan for each kind of client.
+
+    Args:
+        job: the job.
+        model: with the initial weights.
+        data: training and test samples.
+        rows: of each client, in the topology's order.
+        probe: how the model can be trained for many clients at once.
+
+    Raises:
+        PlanError: the model does not fit a client's device.
+    """
+
+    def __init__(
+        self, job: Job, model: nn.Module, data: TrainTest, rows: Sequence[torch.Tensor], probe: Probe
+    ) -> None:
+        example = example_input(data.train, job.batch_size)
+        specs = state_specs(model)
+        scope = scope_of(job, specs)
+        piece = _Whole(specs)
+        optimizer = flat_optimizer(job.optimizer)  # to make a torch optimizer imports torch's compiler
+        copies = job.optimizer_copies() if optimizer is None else optimizer.num_buffers
+        profiled = profile_whole(model, example, optimizer_copies=copies)
+
+        def set_up(client: Client) -> ClientSetup:
+            try:
+                plan = plan_profile(
+                    profiled,
+                    devices=client.devices,
+                    links=client.links,
+                    partitioner=job.partitioner,
+                    num_microbatches=job.num_microbatches,
+                    schedule=job.schedule.name,
+                )
+            except PlanError as error:
+                raise type(error)(f"client {client.name}: {error}") from error
+            work = local_work(job, plan, scope)
+            return ClientSetup(
+                client, plan, [piece], moved_bytes(job, specs, work, plan, [piece]), work, None, None
+            )
+
+        topology = job.topology.clients
+        kinds, kind_of = kinds_of(topology, set_up)
+        names = [client.name for client in topology]
+        few = len(names) <= MANY_CLIENTS
+        given = {
+            "job": job,
+            "model": model,
+            "data": data,
+            "clients": Population(topology, kinds, kind_of, data.train, rows),
+            "table": describe(data.train, rows, names) if few else (),
+            "sample_shape": tuple(example.shape[1:]),
+            "sample_dtype": example.dtype,
+            "notes": (),
+            "scope": scope,
+            "probe": probe,
+        }
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_traced(self) -> bool:
+        """False."""
+        return False
+
+    @cached_property
+    def graph(self) -> LayerGraph:
+        """The traced model; traced now, if it was not."""
+        return trace_model(self.job, self.model, example_input(self.data.train, self.job.batch_size))
+
+    @cached_property
+    def specs(self) -> Mapping[str, StateSpec]:
+        """Of the model's tensors, by canonical name."""
+        return state_specs(self.model)
+
+    def initial_state(self) -> dict[str, torch.Tensor]:
+        """The model's own tensors by canonical name."""
+        own: dict[str, torch.Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        own.update(self.model.named_buffers(remove_duplicate=False))
+        return {name: own[name] for name in self.specs}
