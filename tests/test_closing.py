@@ -22,7 +22,7 @@ def closing(**fields: object) -> Closing:
 
 def arrivals(rules: Closing, cohort: tuple[str, ...] = ORDER, **options: object) -> tuple[object, float]:
     opening = Opening(5, cohort, rules, **options)
-    result = predict_arrivals(opening, order=ORDER, left_s={"a": 1.5}, finish_s=TIMES.__getitem__)
+    result = predict_arrivals(opening, place=ORDER.index, left_s={"a": 1.5}, finish_s=TIMES.__getitem__)
     return result.counted, result.duration_s
 
 
@@ -118,14 +118,14 @@ def test_a_late_client_arrives_after_the_seconds_that_it_still_needs() -> None:
 
 def test_of_two_that_finish_together_the_first_in_client_order_counts() -> None:
     opening = Opening(1, ("d", "a"), closing(fraction=0.25, over_selection=1.0))
-    result = predict_arrivals(opening, order=ORDER, left_s={}, finish_s=lambda client: 1.0)
+    result = predict_arrivals(opening, place=ORDER.index, left_s={}, finish_s=lambda client: 1.0)
     assert (result.counted, result.left_s) == (("a",), {"d": 0.0})
 
 
 def test_a_spare_client_begins_when_another_is_done() -> None:
     rules = FedBuff(buffer_size=3, concurrency=1).closing(4)
     opening = Opening(1, ("b",), rules, spare=("c", "d", "a"))
-    result = predict_arrivals(opening, order=ORDER, left_s={}, finish_s=TIMES.__getitem__)
+    result = predict_arrivals(opening, place=ORDER.index, left_s={}, finish_s=TIMES.__getitem__)
     assert (result.counted, result.duration_s) == (("b", "c", "d"), 6.0)
     assert result.left_s == {}
 
@@ -133,7 +133,7 @@ def test_a_spare_client_begins_when_another_is_done() -> None:
 def test_clients_that_never_finish_are_left_out_if_the_others_are_enough() -> None:
     times = {**TIMES, "a": math.inf}
     opening = Opening(1, ORDER, closing(min_clients=3))
-    result = predict_arrivals(opening, order=ORDER, left_s={}, finish_s=times.__getitem__)
+    result = predict_arrivals(opening, place=ORDER.index, left_s={}, finish_s=times.__getitem__)
     assert result.counted == ("b", "d", "c")
     with pytest.raises(RoundError, match=r"3 of 4 clients ever finish round 1, 4 are needed; the others: a"):
-        predict_arrivals(Opening(1, ORDER, closing()), order=ORDER, left_s={}, finish_s=times.__getitem__)
+        predict_arrivals(Opening(1, ORDER, closing()), place=ORDER.index, left_s={}, finish_s=times.__getitem__)
