@@ -136,4 +136,6 @@ def test_clients_that_never_finish_are_left_out_if_the_others_are_enough() -> No
     result = predict_arrivals(opening, place=ORDER.index, left_s={}, finish_s=times.__getitem__)
     assert result.counted == ("b", "d", "c")
     with pytest.raises(RoundError, match=r"3 of 4 clients ever finish round 1, 4 are needed; the others: a"):
-        predict_arrivals(Opening(1, ORDER, closing()), place=ORDER.index, left_s={}, finish_s=times.__getitem__)
+        predict_arrivals(
+            Opening(1, ORDER, closing()), place=ORDER.index, left_s={}, finish_s=times.__getitem__
+        )
