@@ -25,6 +25,9 @@ from fedmp.strategy import LocalRule
 __all__ = ["ChunkResult", "ChunkTrainer", "ChunkWork"]
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+_LOOK_EVERY = (
+    32  # steps between two looks at the losses: a look costs little, a round may have a million steps
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +102,8 @@ class ChunkTrainer:
     def train(self, batches: ChunkBatches, start: RoundStart, *, round: int) -> ChunkResult:
         """Train for one round from the weights in the module, which it moves.
 
+        It ends early, with the losses so far, where one of them is not finite.
+
         Args:
             batches: of each client.
             start: of the round.
@@ -139,6 +144,10 @@ class ChunkTrainer:
                 self._step(step, active, lr, list(dict.fromkeys(ranges)), start)
                 own = lr.squeeze(1).double() if isinstance(lr, torch.Tensor) else lr
                 rates[:active] += own * rate_weights.weight()
+            if step % _LOOK_EVERY == _LOOK_EVERY - 1:
+                seen = losses[max(0, group.stop - _LOOK_EVERY * every) : group.stop]
+                if not bool(torch.isfinite(seen.sum())):
+                    break
         return ChunkResult(losses.sum(0), weights.sum(0), correct.sum(0), rates, losses)
 
     def _draw(self, batches: ChunkBatches, batch: int) -> list[_Pass]:
