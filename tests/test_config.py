@@ -17,7 +17,12 @@ from fedmp.errors import ConfigError
 from fedmp.schedule import GPipe
 from fedmp.strategy import PowerOfChoice, Scaffold, Stragglers
 
-GROUPS = sorted(path.parent.name + "=" + path.stem for path in config_dir().glob("*/*.yaml"))
+IN_COMPANY = {
+    "transforms=ef21": "transforms=[ef21,topk]",
+    **{f"downlink={name}": f"downlink=[ef21,{name}]" for name in ("lowrank", "randomk", "sign", "topk")},
+    "downlink=ef21": "downlink=[ef21,int8]",
+}
+GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in config_dir().glob("*/*.yaml"))
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -27,7 +32,7 @@ def composed(*overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_choice_of_every_group_makes_a_job_and_an_engine(choice: str) -> None:
-    config = composed("experiment=none", choice)
+    config = composed("experiment=none", IN_COMPANY.get(choice, choice))
     assert config.job().rounds == config.rounds
     assert config.make_engine().name in ("local", "simulate", "deploy")
 
