@@ -70,10 +70,7 @@ def check_kill(federation: Deployment, step: str, nth: int, expected: dict[str, 
     assert [row.round for row in rows] == [1, 2, 3]
 
 
-SAMPLE = {
-    ("after an update is in the journal, before it is acknowledged", 5),
-    ("before the commit", 2),
-}
+SAMPLE = {("before the commit", 2)}
 
 
 @pytest.mark.parametrize(

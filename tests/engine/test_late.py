@@ -257,6 +257,7 @@ def test_devices_whose_update_can_no_longer_count_break_off_and_train_the_next_r
     assert_same(weights(result), replayed(job, [{"c0": 1}, {"c1": 2}]), **FLOAT64)
 
 
+@pytest.mark.slow
 def test_late_clients_over_real_processes_count_as_in_the_simulation(tmp_path: Path) -> None:
     """A device of c2 sleeps through the end of its round, and pulls its stage of that round all the same."""
     job = replace(JOB, rounds=2, strategy=FedBuff(buffer_size=2, local_steps=2))

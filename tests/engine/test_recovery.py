@@ -164,6 +164,7 @@ def test_a_client_without_a_device_sits_the_round_out_and_comes_back(tmp_path: P
     assert [record.sat_out for record in result.history] == [(), ("c1",), ()]
 
 
+@pytest.mark.slow
 def test_a_client_that_is_late_misses_the_round_and_takes_part_in_the_next(tmp_path: Path) -> None:
     job = replace(JOB, rounds=4, strategy=FedAvg(local_steps=2, min_clients=1))
     late = fault("c0/d2", kind="delay", phase="pull", delay_s=4.0)
