@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import itertools
 import logging
 import ssl
@@ -212,11 +213,11 @@ class HttpFederation:
         Sent again until it is acknowledged; the coordinator knows what it has already.
         """
         body = update_body(payload, report, zstd)
-        digest = base64.b64encode(body.sha256()).decode()
-        headers = {"content-digest": f"sha-256=:{digest}:", "content-length": str(body.num_bytes)}
+        digest = base64.b64encode(hashlib.sha256(body.content).digest()).decode()
+        headers = {"content-digest": f"sha-256=:{digest}:"}
         if body.is_compressed:
             headers["content-encoding"] = CONTENT_ENCODING
-        self._ask("PUT", f"/v1/rounds/{round}/update", body=body.pieces, headers=headers)
+        self._ask("PUT", f"/v1/rounds/{round}/update", body=body.content, headers=headers)
 
     def progress(self, report: ProgressReport) -> bool:
         """Say how far this client is; not worth a second attempt. False if the round is over for it."""

@@ -85,8 +85,8 @@ class Traffic:
             return self._known[looks]
         made = update_body(body, DeviceReport(num_examples=1), zstd) if is_update else stage_body(body, zstd)
         if zstd is None:
-            self._known[looks] = made.num_bytes
-        return made.num_bytes
+            self._known[looks] = len(made.content)
+        return len(made.content)
 
 
 def _pushed(setup: ClientSetup) -> list[list[str]]:
