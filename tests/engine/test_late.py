@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from fedmp import Job, Result
 from fedmp.engine.local import LocalEngine
+from fedmp.engine.one_by_one import OneByOne
 from fedmp.engine.prepare import ClientSetup
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
-from fedmp.engine.simulate import OneByOne, SimulatedClients, SimulateEngine
+from fedmp.engine.simulate import SimulateEngine
+from fedmp.engine.simulated_clients import SimulatedClients
 from fedmp.errors import ResumeError
 from fedmp.records import Event, Fault, RoundFinished
 from fedmp.seeds import derive_seed

@@ -31,9 +31,10 @@ from fedmp.cohort import (
     probe,
 )
 from fedmp.data import Dataset
-from fedmp.engine.cohort_updates import CohortUpdates, Counts, Trainee
+from fedmp.engine.cohort_updates import CohortUpdates, Counts
 from fedmp.engine.job import Job
 from fedmp.engine.session import Session, plain_evaluation
+from fedmp.engine.setup import ClientSetup
 from fedmp.graph import state_specs
 from fedmp.records import Progress, state_key
 from fedmp.strategy import FedAvg, Scope, received_name
@@ -135,7 +136,7 @@ class ManyAtOnce:
 
     def train(
         self,
-        cohort: Sequence[Trainee],
+        cohort: Sequence[ClientSetup],
         *,
         round: int,
         states: Mapping[str, str],
@@ -167,7 +168,7 @@ class ManyAtOnce:
 
     def run(
         self,
-        cohort: Sequence[Trainee],
+        cohort: Sequence[ClientSetup],
         start: RoundStart,
         *,
         round: int,
@@ -208,7 +209,7 @@ class ManyAtOnce:
         return result
 
     def updates(
-        self, cohort: Sequence[Trainee], result: CohortResult, start: RoundStart, *, round: int
+        self, cohort: Sequence[ClientSetup], result: CohortResult, start: RoundStart, *, round: int
     ) -> CohortUpdates:
         """What the round loop takes, of the result of a whole cohort."""
         own = self._scope.own
@@ -235,7 +236,7 @@ class ManyAtOnce:
             found.append(evaluate(dataset, rows))
         return torch.tensor(found, dtype=torch.float64).view(-1, 3)
 
-    def _count(self, one: Trainee, round: int) -> Counts:
+    def _count(self, one: ClientSetup, round: int) -> Counts:
         """How much a client does in a round; of clients with the same work and as many samples found out once."""
         work, size = one.work.of_round(one.name, round), len(one.own_rows)
         if work is not one.work:

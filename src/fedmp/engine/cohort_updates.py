@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, overload
 
 import torch
 
-from fedmp.client import LocalWork
 from fedmp.cohort import CohortResult, FlatLayout, RoundStart
 from fedmp.coordinator import ClientUpdate
+from fedmp.engine.setup import ClientSetup
 from fedmp.records import DeviceReport
 
-__all__ = ["CohortUpdates", "Counts", "Trainee"]
-
-
-class Trainee(Protocol):
-    """What training needs to know of a client."""
-
-    @property
-    def name(self) -> str:
-        """The client's name, which seeds the order of its batches."""
-        ...
-
-    @property
-    def own_rows(self) -> torch.Tensor:
-        """Its rows of everyone's samples."""
-        ...
-
-    @property
-    def work(self) -> LocalWork:
-        """What it does in a round."""
-        ...
-
-    def pipeline_bytes(self, num_samples: int) -> int:
-        """Bytes that its devices send each other for so many samples."""
-        ...
+__all__ = ["CohortUpdates", "Counts"]
 
 
 class Counts(NamedTuple):
@@ -62,7 +39,7 @@ class CohortUpdates(Sequence[ClientUpdate]):
 
     def __init__(
         self,
-        cohort: Sequence[Trainee],
+        cohort: Sequence[ClientSetup],
         counts: Sequence[Counts],
         result: CohortResult,
         layout: FlatLayout,
@@ -105,7 +82,11 @@ class CohortUpdates(Sequence[ClientUpdate]):
         return self._names
 
     def of(self, place: int, name: str) -> torch.Tensor:
-        """One client's update of one tensor."""
+        """One client's update of one tensor.
+
+        Raises:
+            LookupError: the updates were only summed up.
+        """
         result, start = self._result, self._start
         if result.parameters.shape[0] == 0:
             raise LookupError("the updates were summed up as they were made")
@@ -137,7 +118,9 @@ class _Own(Mapping[str, torch.Tensor]):
         return len(self._updates.names())
 
 
-def _reports(cohort: Sequence[Trainee], counts: Sequence[Counts], result: CohortResult) -> list[DeviceReport]:
+def _reports(
+    cohort: Sequence[ClientSetup], counts: Sequence[Counts], result: CohortResult
+) -> list[DeviceReport]:
     """What each client reports. Checked values of this process's own: a hundred of them need no second check."""
     sums = torch.stack([result.loss_sums, result.weights, result.num_correct, result.rate_sums], 1).tolist()
     reports = []

@@ -11,39 +11,24 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fedmp.cohort import CohortResult, RoundStart
 from fedmp.coordinator import ClientUpdate
 from fedmp.engine.at_once import ManyAtOnce
-from fedmp.engine.cohort_updates import Trainee
+from fedmp.engine.cohort_trainer import CohortTrainer
 from fedmp.engine.ranks import Message, Ranks
+from fedmp.engine.setup import ClientSetup
 from fedmp.errors import FedmpError, RoundError, TrainingError
 from fedmp.records import DeviceReport
 
 __all__ = ["RankedTrainer", "serve", "share_out"]
 
 _LOG = logging.getLogger(__name__)
-
-
-class Trainer(Protocol):
-    """What trains this rank's part; see `CohortTrainer`."""
-
-    def train(
-        self,
-        cohort: Sequence[Any],
-        *,
-        round: int,
-        states: Mapping[str, str],
-        handed_out: Mapping[str, torch.Tensor],
-        keep: bool,
-    ) -> Sequence[ClientUpdate]:
-        """Train a cohort."""
-        ...
 
 
 class RankedTrainer:
@@ -54,12 +39,12 @@ class RankedTrainer:
         trainer: trains this rank's part.
     """
 
-    def __init__(self, ranks: Ranks, trainer: Trainer) -> None:
+    def __init__(self, ranks: Ranks, trainer: CohortTrainer) -> None:
         self._ranks, self._trainer = ranks, trainer
 
     def train(
         self,
-        cohort: Sequence[Trainee],
+        cohort: Sequence[ClientSetup],
         *,
         round: int,
         states: Mapping[str, str],
@@ -93,8 +78,8 @@ class RankedTrainer:
 
     def _gathered(
         self,
-        cohort: Sequence[Trainee],
-        own: Sequence[Trainee],
+        cohort: Sequence[ClientSetup],
+        own: Sequence[ClientSetup],
         order: Mapping[str, Any],
         handed_out: Mapping[str, torch.Tensor],
     ) -> list[ClientUpdate]:
@@ -113,13 +98,13 @@ class RankedTrainer:
         return [made[one.name] for one in cohort]
 
 
-def serve(ranks: Ranks, trainer: Trainer, member: Callable[[str], Trainee]) -> Message:
+def serve(ranks: Ranks, trainer: CohortTrainer, clients: Mapping[str, ClientSetup]) -> Message:
     """Train what rank 0 tells until it says that the job is over; for the other ranks.
 
     Args:
         ranks: all of them.
         trainer: trains this rank's part.
-        member: gives the client of a name.
+        clients: all of them, by name.
 
     Returns:
         What rank 0 says at the end.
@@ -135,7 +120,7 @@ def serve(ranks: Ranks, trainer: Trainer, member: Callable[[str], Trainee]) -> M
                     f"rank {ranks.rank} of {ranks.size} ends, because the job has: {order['error']}"
                 )
             return order, handed_out
-        own = [member(name) for name in order["clients"][ranks.rank]]
+        own = [clients[name] for name in order["clients"][ranks.rank]]
         if not order["keep"] and isinstance(trainer, ManyAtOnce):
             try:
                 _summed(ranks, trainer, own, trainer.start(handed_out), order)
@@ -174,7 +159,7 @@ class _OwnFailureError(Exception):
 
 
 def _summed(
-    ranks: Ranks, trainer: ManyAtOnce, own: Sequence[Trainee], start: RoundStart, order: Mapping[str, Any]
+    ranks: Ranks, trainer: ManyAtOnce, own: Sequence[ClientSetup], start: RoundStart, order: Mapping[str, Any]
 ) -> CohortResult:
     """Train this rank's part and add up everybody's; at rank 0, the result of the whole cohort.
 
@@ -231,8 +216,8 @@ def _summed(
 
 
 def _train(
-    trainer: Trainer,
-    own: Sequence[Trainee],
+    trainer: CohortTrainer,
+    own: Sequence[ClientSetup],
     order: Mapping[str, Any],
     handed_out: Mapping[str, torch.Tensor],
 ) -> Sequence[ClientUpdate]:
