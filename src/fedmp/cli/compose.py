@@ -32,7 +32,13 @@ _PLAIN_FLAGS = {"--multirun", "-m", "--run", "-r", "--resolve", "--info", "-i", 
 
 
 def compose(arguments: list[str], task: Callable[[RunConfig], None]) -> None:
-    """Let Hydra compose the config of each job and run the task on it."""
+    """Let Hydra compose the config of each job and run the task on it.
+
+    Raises:
+        ConfigError: an option or a field is unknown, or has a wrong value.
+        HydraException: a choice or an override cannot be composed.
+        Exception: what the task raises.
+    """
     warnings.filterwarnings("ignore", module=r"torch\..*")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error can be put into one line here
     import hydra

@@ -218,6 +218,9 @@ class CoordinatorService:
         """The round's global stages of the asking device; takes up again where a `range` header says.
 
         Where stages travel as differences, a device that holds those of the round before is sent no more than that.
+
+        Raises:
+            RefusedError: the round is not open, the device has no part in it, or the disk is full.
         """
         member = self._member(request)
         self._check_round(round, member)

@@ -51,7 +51,12 @@ def run_job(
     observe: Observer | None,
     config: Mapping[str, Any],
 ) -> Result:
-    """Run a job; see `Job.run`."""
+    """Run a job; see `Job.run`.
+
+    Raises:
+        ConfigError: there is no such engine.
+        FedmpError: as `Job.run` says.
+    """
     if isinstance(engine, str):
         if engine not in _ENGINES:
             raise ConfigError(f"no engine is called {engine!r}; there are {', '.join(_ENGINES)}")
@@ -126,17 +131,7 @@ def _run(
             directory.append_events(event)
         observe(event)
 
-    observe(
-        RunStarted(
-            title=job.title,
-            engine=engine.name,
-            num_rounds=job.rounds,
-            first_round=first_round,
-            plans=prepared.plans,
-            data=prepared.table,
-            label_names=prepared.data.train.label_names,
-        )
-    )
+    observe(_started(prepared, engine, first_round))
     outcome = engine.run(
         Session(
             prepared=prepared,
@@ -164,6 +159,18 @@ def _run(
         summary=summary,
         plans=prepared.plans,
         run_dir=directory.path,
+    )
+
+
+def _started(prepared: Prepared, engine: Engine, first_round: int) -> RunStarted:
+    return RunStarted(
+        title=prepared.job.title,
+        engine=engine.name,
+        num_rounds=prepared.job.rounds,
+        first_round=first_round,
+        plans=prepared.plans,
+        data=prepared.table,
+        label_names=prepared.data.train.label_names,
     )
 
 

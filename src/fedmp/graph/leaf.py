@@ -130,7 +130,11 @@ class LeafTracer:
         return forward
 
     def apply_function(self, function: type[torch.autograd.Function], args: Any, kwargs: Any) -> Any:
-        """One call of a custom autograd function, whose own backward a trace would lose."""
+        """One call of a custom autograd function, whose own backward a trace would lose.
+
+        Raises:
+            TraceError: it takes a function or a module, so its backward cannot be cut out.
+        """
         arguments = CallArguments.of(args, kwargs)
         name = f"autograd function {function.__name__}"
         if any(callable(leaf) for leaf in arguments.constants.values()):
