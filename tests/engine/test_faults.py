@@ -131,6 +131,27 @@ def test_a_keyboard_interrupt_passes_and_stops_every_device(tmp_path: Path) -> N
     assert not [process for process in multiprocessing.active_children() if process.name.startswith("fedmp")]
 
 
+def test_a_keyboard_interrupt_ends_a_long_round_of_clients_trained_at_once(tmp_path: Path) -> None:
+    job = tiny_job(strategy=FedAvg(local_steps=100_000))
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, RoundStarted):
+            signal.setitimer(signal.ITIMER_REAL, 3)  # by then the steps are under way
+
+    def raise_interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, raise_interrupt)
+    started_s = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            job.run("simulate", run_dir=tmp_path / "run", observe=interrupt)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started_s < SOON_S
+
+
 def test_a_run_after_a_failed_one_works(tmp_path: Path) -> None:
     """The fork server that the failed run used is the next one's too."""
     observe, _ = send(signal.SIGKILL, "c0", "d0", RoundStarted)

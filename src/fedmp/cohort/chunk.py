@@ -6,6 +6,7 @@ Shape letters: K clients, P trained parameters, B samples of a batch, S batches.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,9 +26,7 @@ from fedmp.strategy import LocalRule
 __all__ = ["ChunkResult", "ChunkTrainer", "ChunkWork"]
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-_LOOK_EVERY = (
-    32  # steps between two looks at the losses: a look costs little, a round may have a million steps
-)
+_LOOK_EVERY = 32  # steps between two looks whether to go on: a round may have a million
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,20 +88,22 @@ class ChunkTrainer:
     Args:
         module: the clients' weights.
         work: what to do.
+        is_over: set when nobody waits for results any more.
 
     Attributes:
         carried: what the clients carry from round to round.
     """
 
-    def __init__(self, module: StackedModule, work: ChunkWork) -> None:
+    def __init__(self, module: StackedModule, work: ChunkWork, is_over: threading.Event) -> None:
         self.module = module
         self.carried = Carried(module, work)
         self._work = work
+        self._is_over = is_over
 
     def train(self, batches: ChunkBatches, start: RoundStart, *, round: int) -> ChunkResult:
         """Train for one round from the weights in the module, which it moves.
 
-        It ends early, with the losses so far, where one of them is not finite.
+        It ends early, with the losses so far, where one of them is not finite or nobody waits for them.
 
         Args:
             batches: of each client.
@@ -146,7 +147,7 @@ class ChunkTrainer:
                 rates[:active] += own * rate_weights.weight()
             if step % _LOOK_EVERY == _LOOK_EVERY - 1:
                 seen = losses[max(0, group.stop - _LOOK_EVERY * every) : group.stop]
-                if not bool(torch.isfinite(seen.sum())):
+                if self._is_over.is_set() or not bool(torch.isfinite(seen.sum())):
                     break
         return ChunkResult(losses.sum(0), weights.sum(0), correct.sum(0), rates, losses)
 

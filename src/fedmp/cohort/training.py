@@ -6,6 +6,7 @@ Shape letters: K clients of the cohort, P trained parameters.
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -92,17 +93,21 @@ class CohortTraining:
         self._batch_size, self._seed, self._chunk = batch_size, seed, chunk
         self._num_workers = workers
         self._every, self._is_remembered = work.accumulate_batches, work.is_remembered
+        self._is_over = threading.Event()
         self._free: queue.SimpleQueue[ChunkTrainer] = queue.SimpleQueue()
         num_buffers = work.optimizer.num_buffers if work.optimizer else 0
         for _ in range(workers):
-            self._free.put(ChunkTrainer(StackedModule(model, layout, chunk, num_buffers), work))
+            self._free.put(
+                ChunkTrainer(StackedModule(model, layout, chunk, num_buffers), work, self._is_over)
+            )
         # each thread computes alone: two that share every operation wait for each other all the time, and for
         # whatever else wants a core; one of them that is put off then puts off both
         self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
+        """End the threads, which an interrupt or an error may have left in the middle of a round."""
+        self._is_over.set()
+        self._pool.shutdown(cancel_futures=True)
 
     def train(
         self,
