@@ -18,7 +18,7 @@ from fedmp import Job, Topology
 from fedmp.aggregate import CoordinateMedian
 from fedmp.data import IID, Dirichlet
 from fedmp.errors import FedmpError
-from fedmp.strategy import FedAdam, Scaffold
+from fedmp.strategy import FedAdam, FedAvg, PowerOfChoice, Scaffold
 from fedmp.updates import TopK
 
 
@@ -64,6 +64,9 @@ def poisoned() -> Job:
 JOBS: dict[str, Callable[[], Job]] = {
     "mean": base,
     "federated evaluation": lambda: base(federated_evaluation=True, strategy=FedAdam(fraction=0.5)),
+    "power of choice": lambda: base(  # who trains goes by each client's own loss
+        strategy=FedAvg(fraction=0.5, selection=PowerOfChoice(num_candidates=8))
+    ),
     "batch norm": lambda: base(
         model=nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).double(),
         split=IID(),

@@ -111,15 +111,16 @@ def test_a_process_by_itself_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None
 # sums in double precision in another order differ by about 1e-16 of their size; three rounds and a division amplify
 # that. Where each update travels by itself, it is the very one that one process makes.
 TOLERANCES = {"mean": 1e-12, "median": 0.0, "federated evaluation": 1e-12, "batch norm": 1e-12}
-TOLERANCES |= {"top-k": 0.0, "scaffold": 0.0}
+TOLERANCES |= {"power of choice": 1e-12, "top-k": 0.0, "scaffold": 0.0}
+NAMES = ("mean", "power of choice", "median")
 
 
 def test_two_ranks_are_one_summed_up_or_update_by_update(tmp_path: Path) -> None:
     together, alone = tmp_path / "together", tmp_path / "alone"
-    both = run_jobs(together, "mean,median", ranks=2)
+    both = run_jobs(together, ",".join(NAMES), ranks=2)
     assert [code for code, _ in both] == [0, 0], both
-    run_alone(alone, ["mean", "median"])
-    for name in ("mean", "median"):
+    run_alone(alone, list(NAMES))
+    for name in NAMES:
         assert_same(together, alone, name, tolerance=TOLERANCES[name])
         assert not (together / f"unused {name} 1").exists()
         rows = (together / name / "metrics.jsonl").read_text().splitlines()
