@@ -298,6 +298,7 @@ def test_a_device_of_another_plan_is_told_to_ask_for_the_job_again() -> None:
     board.replace_client("ann", {"ann0": again})
     told = board.instruction_for(again)
     assert (told.kind, told.plan) == ("join", "second")
+    assert board.instruction_for(planned["ann0"]).kind == "wait", "it asks for a moment as who it was before"
     with pytest.raises(RefusedError, match="the model of ann was cut anew") as refused:
         board.join(again, Ready(job="j", plan="first"))
     assert (refused.value.status, refused.value.reason) == (409, "other-plan")

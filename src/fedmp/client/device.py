@@ -16,7 +16,7 @@ import torch
 
 from fedmp.client.emulation import Emulation, SlowFederation, SlowTransport
 from fedmp.client.exchange import Exchange, GuessedWrongError
-from fedmp.client.federation import ROUND_IS_OVER, Federation, HttpFederation
+from fedmp.client.federation import OTHER_PLAN, ROUND_IS_OVER, Federation, HttpFederation
 from fedmp.client.local_round import LocalRound
 from fedmp.client.meeting import Meeting, Place, meet, stages_text
 from fedmp.client.sabotage import Saboteur
@@ -271,9 +271,14 @@ class _Device:
     def _rejoin(self) -> None:
         """The coordinator was started anew and does not know us any more."""
         assert self._spec.ready is not None
-        if self._spec.rank == 0 and self._meeting is not None:
-            self._federation.publish_address(self._meeting.address)
-        self._federation.ready(self._spec.ready)
+        try:
+            if self._spec.rank == 0 and self._meeting is not None:
+                self._federation.publish_address(self._meeting.address)
+            self._federation.ready(self._spec.ready)
+        except RefusedError as error:
+            if error.reason != OTHER_PLAN:
+                raise
+            # another one since it was asked; the next instruction names it
 
     def _meet(self, generation: int) -> None:
         """Bring the pipeline up with the client's other devices."""

@@ -31,7 +31,7 @@ from fedmp.records import (
 )
 from fedmp.updates import CONTENT_ENCODING, Zstd
 
-__all__ = ["Federation", "HttpFederation"]
+__all__ = ["OTHER_PLAN", "Federation", "HttpFederation"]
 
 _CONNECT_S = 10.0
 _FIRST_PAUSE_S = 0.05
@@ -43,6 +43,7 @@ _MAX_STAGE_BYTES = 1 << 40
 _WORTH_ANOTHER_TRY = (408, 500, 502, 503, 504, 507)
 _DAMAGED = ("tampered", "broken-off")
 
+OTHER_PLAN = "other-plan"  # why what assumes a plan that is no more is refused
 ROUND_IS_OVER = 409  # what is refused so is for a round, or a plan, that is no more
 
 _log = logging.getLogger("fedmp.device")

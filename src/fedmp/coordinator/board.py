@@ -288,6 +288,7 @@ class Board:
             others = {key: member for key, member in self.members.items() if member.client != client}
             self.members = {**others, **members}
             self._void = {(name, rank) for name, rank in self._void if name != client}
+            self._notify()  # only now: whoever asked a moment ago was still taken for a member of the old plan
             return old
 
     # called by the service
@@ -342,6 +343,8 @@ class Board:
                 self._told.add(member)
                 self._changed.notify_all()
                 return self._instruction
+            if member not in self.members.values():  # between asking who it is and this, it was planned anew
+                return Instruction(kind="wait", round=round, reason=f"{member.client} is planned anew")
             if self._joining.must_join(member):
                 return Instruction(kind="join", round=round, reason="say what you hold", plan=member.plan)
             if self._joining.is_unable(member):

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 import fedmp
-from fedmp.client import DeviceSpec, Federation, HttpFederation, heartbeat, serve_job
+from fedmp.client import OTHER_PLAN, DeviceSpec, Federation, HttpFederation, heartbeat, serve_job
 from fedmp.data import Dataset
 from fedmp.engine.agreement import check_agreement
 from fedmp.engine.job import Job
@@ -32,7 +32,7 @@ from fedmp.engine.prepare import build_model, local_work, part_of, trace_model
 from fedmp.errors import ConfigError, DataError, RefusedError, TraceError
 from fedmp.graph import LayerGraph
 from fedmp.identity import Credentials
-from fedmp.records import JobOffer, Ready
+from fedmp.records import JobOffer, Joined, Ready
 from fedmp.seeds import derive_seed
 from fedmp.stages import StageBlueprint, draw_blueprints
 
@@ -187,7 +187,7 @@ def _prepare(
     job, plan = known.job, offer.plan
     ready = Ready(job=offer.job, plan=plan.digest, process=process)
     if offer.device not in plan.devices:
-        federation.ready(ready)
+        _tell(federation, ready)
         return ready
     rank = plan.devices.index(offer.device)
     known.graph = known.graph or _trace(job, offer)
@@ -197,7 +197,7 @@ def _prepare(
         dataset = _own_data(known, offer, blueprints)
     except (DataError, OSError) as error:
         ready = ready.model_copy(update={"unable": str(error)[:_LONGEST_EXCUSE]})
-        federation.ready(ready)
+        _tell(federation, ready)
         if not known.has_taken_part:  # more likely a mistake, which whoever starts the device should see
             raise
         _log.warning("left out: %s", error, extra={"fields": {"event": "unable", "client": offer.client}})
@@ -302,16 +302,21 @@ def _join(federation: Federation, ready: Ready) -> int | None:
     Returns:
         The client's number of samples, once a device has told it; None if the plan is another one by then.
     """
-    while True:
-        try:
-            num_samples = federation.ready(ready).num_samples
-        except RefusedError as error:
-            if error.reason != "other-plan":
-                raise
-            return None
-        if num_samples is not None:
-            return num_samples
+    while (joined := _tell(federation, ready)) is not None:
+        if joined.num_samples is not None:
+            return joined.num_samples
         time.sleep(_ASK_AGAIN_S)
+    return None
+
+
+def _tell(federation: Federation, ready: Ready) -> Joined | None:
+    """Say what this device holds, or that it holds nothing; None if the plan is another one by then."""
+    try:
+        return federation.ready(ready)
+    except RefusedError as error:
+        if error.reason != OTHER_PLAN:
+            raise
+        return None
 
 
 def _sit_out(ready: Ready, offer: JobOffer, federation: Federation) -> str:
@@ -321,7 +326,7 @@ def _sit_out(ready: Ready, offer: JobOffer, federation: Federation) -> str:
             if instruction.kind == "join":
                 if instruction.plan != ready.plan:
                     return "join"
-                federation.ready(ready)
+                _tell(federation, ready)
     return instruction.kind
 
 
