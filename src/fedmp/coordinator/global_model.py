@@ -150,7 +150,11 @@ class GlobalModel:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _move(self, name: str, change: torch.Tensor) -> None:
-        self.state[name].copy_(apply_update({name: self.state[name]}, {name: change})[name])
+        mine = self.state[name]
+        if change.dtype == mine.dtype and mine.dtype != torch.bool:
+            mine.add_(change)  # in place: one tensor may be most of the model
+        else:
+            mine.copy_(apply_update({name: mine}, {name: change})[name])
 
     @property
     def slots(self) -> dict[str, torch.Tensor]:
