@@ -118,6 +118,9 @@ def test_the_recipe_for_two_machines_works_as_it_is_written(machines: Machines, 
     assert main(["enroll", "hospital/north", "hospital/south", "--coordinator", url, *folder]) == 0
 
     job = ["--config-dir", str(configs), "experiment=none", "topology=hospitals", "rounds=2"]
+    job += [
+        "optimizer.lr=0.002"
+    ]  # a hundred large steps blow up the last digits, which depend on the threads
     blind = ["data=none", "data.shape=[1,28,28]"]
     own = ["data=fashion_mnist_excerpt", "split=own"]
     commands = {
@@ -151,8 +154,7 @@ def test_the_recipe_for_two_machines_works_as_it_is_written(machines: Machines, 
     assert f"listening on {url.replace(fed, '0.0.0.0')}" in printed[0]
 
     expected = tmp_path / "expected"
-    alike = "engine.cohort=sequential"  # the devices' own arithmetic: many steps blow up the last digits of another
-    assert main(["simulate", alike, *job, *own, f"run_dir={expected}", "quiet=true"]) == 0
+    assert main(["simulate", *job, *own, f"run_dir={expected}", "quiet=true"]) == 0
     model = Path("checkpoints") / "round-00002" / "model.safetensors"
     assert_same(
         load_file(tmp_path / "out" / "run1" / model), load_file(expected / model), rtol=1e-4, atol=1e-5
