@@ -79,7 +79,7 @@ class Report:
     """Times of a run, told line by line, so that a run that is ended has told what it did.
 
     Args:
-        work: the workload: with a target every round is tested, otherwise the last `tested`, whose mean is told.
+        work: the workload: with a target every round is tested, otherwise some of the last ones, whose mean is told.
     """
 
     def __init__(self, work: Work) -> None:
@@ -102,7 +102,9 @@ class Report:
         """
         self._rounds += 1
         target = self._work.target
-        if target or self._rounds > self._work.rounds - self._work.tested:
+        work = self._work
+        is_late = self._rounds > work.rounds - work.tested
+        if target or (is_late and (self._rounds % work.every == 0 or self._rounds == work.rounds)):
             self._accuracies.append(test())
         now_s = time.time()
         print(f"ROUND {now_s - self._marked_s}", flush=True)
@@ -113,5 +115,5 @@ class Report:
 
     def finish(self) -> None:
         """All is done."""
-        last = self._accuracies[-self._work.tested :]
+        last = self._accuracies[-1:] if self._work.target else self._accuracies
         print("RESULT " + json.dumps({"accuracy": sum(last) / len(last), **self._reached}), flush=True)

@@ -54,6 +54,7 @@ job = Job(
     optimizer=partial(torch.optim.SGD, lr=work.lr),
     rounds=work.rounds,
     batch_size=work.batch_size,
+    evaluate_every=work.every if work.target or work.tested > 1 else work.rounds,
 )
 with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ReachedError):
     job.run("simulate", run_dir=f"{folder}/run", observe=observe)

@@ -25,6 +25,7 @@ class Workload:
         lr, batch_size, rounds: of the training; one local epoch.
         target: accuracy at which a run is over; it is tested after every round then.
         tested: last rounds whose mean accuracy is told: more than one where it goes up and down.
+        every: of these rounds each so many-th is tested.
         targets: times as fast as a rival that fedmp is to be, by rival.
     """
 
@@ -37,6 +38,7 @@ class Workload:
     batch_size: int = 10
     target: float | None = None
     tested: int = 1
+    every: int = 1
     targets: dict[str, float] = field(default_factory=dict)
 
 
@@ -61,6 +63,7 @@ WORKLOADS = {
         0.03,
         100,
         tested=20,
+        every=5,
     ),
     "W4": Workload(
         "MNIST 2NN, 10 of 100 clients, IID, to 97 %", 100, 10, (784, 200, 200, 10), 0.1, 120, target=0.97

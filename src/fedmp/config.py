@@ -87,6 +87,7 @@ class RunConfig(BaseModel):
     transforms: dict[str, dict[str, Any]] = Field(default_factory=dict)
     downlink: dict[str, dict[str, Any]] = Field(default_factory=dict)
     server_optimizer: dict[str, Any] | None = None
+    evaluate_every: PositiveInt = 1
     federated_evaluation: bool = False
     centralized: CentralizedConfig | None = None
     device: DeviceSettings = DeviceSettings()
@@ -133,6 +134,7 @@ class RunConfig(BaseModel):
             accumulate_batches=self.accumulate_batches,
             max_gradient_norm=self.max_gradient_norm,
             seed=self.seed,
+            evaluate_every=self.evaluate_every,
             federated_evaluation=self.federated_evaluation,
             centralized=central.build() if central else None,
             trace=self.trace,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,17 @@ def test_another_seed_gives_another_model_and_the_same_seed_the_same(tmp_path: P
     other = run(tiny_job(model=initial(), data=images(40, dtype=torch.float64), seed=1), tmp_path / "c")
     assert_same(weights(again), weights(first))
     assert not torch.equal(weights(other)["head.weight"], weights(first)["head.weight"])
+
+
+def test_the_model_is_tested_as_often_as_wanted_and_in_the_end(tmp_path: Path) -> None:
+    job = tiny_job(rounds=5)
+    always = job.run("simulate", run_dir=tmp_path / "always")
+    seldom = replace(job, evaluate_every=2).run("simulate", run_dir=tmp_path / "seldom")
+    assert_same(weights(seldom), weights(always))
+    for one, other in zip(seldom.history, always.history, strict=True):
+        is_tested = one.round in (2, 4, 5)
+        expected = (other.test_loss, other.test_accuracy) if is_tested else (None, None)
+        assert (one.test_loss, one.test_accuracy) == expected
 
 
 def test_federated_evaluation_is_of_the_starting_model_on_the_clients_own_data(tmp_path: Path) -> None:

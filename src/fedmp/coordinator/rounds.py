@@ -36,6 +36,7 @@ class RoundSettings:
         late: clients that go on, in the first round, with an earlier one: which.
         num_samples: that each client has; 0 while that is not known.
         roster: what is remembered of the clients from before the first round.
+        evaluate_every: rounds from one evaluation to the next; the last round has one.
     """
 
     clients: Sequence[str]
@@ -48,6 +49,7 @@ class RoundSettings:
     late: Mapping[str, int] = field(default_factory=dict)
     num_samples: Mapping[str, int] = field(default_factory=dict)
     roster: Roster = field(default_factory=dict)
+    evaluate_every: int = 1
 
 
 def run_rounds(
@@ -98,7 +100,9 @@ def run_rounds(
         )
         roster = after_round(roster, updates)
 
-        record = _record(round, trained, evaluate(), started_s)
+        is_evaluated = round % settings.evaluate_every == 0 or round == settings.last_round
+        evaluation = evaluate() if is_evaluated else (None, None)
+        record = _record(round, trained, evaluation, started_s)
         _commit(checkpoints, settings.fingerprint, model, record, roster)
         clients.committed(round)
         on_reports(round, {update.client: update.reports for update in trained.updates})

@@ -87,6 +87,8 @@ class Job:
         max_gradient_norm: clients clip the gradient of each step to this 2-norm over the whole model;
             None does not clip.
         seed: of every random choice.
+        evaluate_every: rounds from one test of the global model on the held-out set to the next; the last
+            round's is always tested.
         federated_evaluation: evaluate each round's starting model on the clients' own data.
         centralized: train centrally as well, to compare; None does not.
         trace: write a picture and a trace file of one measured step of each client; engine "local" only.
@@ -123,6 +125,7 @@ class Job:
     accumulate_batches: int = 1
     max_gradient_norm: float | None = None
     seed: int = 0
+    evaluate_every: int = 1
     federated_evaluation: bool = False
     centralized: Centralized | None = None
     trace: bool = False
@@ -132,7 +135,7 @@ class Job:
     title: str = "fedmp"
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "batch_size", "num_microbatches", "accumulate_batches"):
+        for name in ("rounds", "batch_size", "num_microbatches", "accumulate_batches", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:

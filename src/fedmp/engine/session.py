@@ -174,6 +174,7 @@ def round_settings(session: Session) -> RoundSettings:
         first_round=session.first_round,
         last_round=prepared.job.rounds,
         seed=prepared.job.seed,
+        evaluate_every=prepared.job.evaluate_every,
         fingerprint=prepared.fingerprint,
         late=session.late,
         num_samples=_of_each(clients, num_samples),

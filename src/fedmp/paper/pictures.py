@@ -120,12 +120,16 @@ def _draw_accuracy(
         (history, _BLUE, "fedmp", "-"),
         (failing, _ORANGE, "fedmp, devices fail", (0, (4, 1.5))),
     ):
-        known = [record.test_accuracy for record in records]
-        if not records or None in known:
+        times = itertools.accumulate(record.simulated_s for record in records)
+        known = [
+            (time_s, record.test_accuracy)
+            for time_s, record in zip(times, records, strict=True)
+            if record.test_accuracy is not None
+        ]
+        if not known:
             continue
-        times = list(itertools.accumulate(record.simulated_s for record in records))
-        axes.plot(times, known, color=color, linewidth=1.8, label=label, linestyle=style)
-        end_s = max(end_s, times[-1])
+        axes.plot(*zip(*known, strict=True), color=color, linewidth=1.8, label=label, linestyle=style)
+        end_s = max(end_s, known[-1][0])
     if centralized_accuracy is not None:
         done_s = center.epochs * center.epoch_s
         axes.plot([done_s], [centralized_accuracy], "D", color=INK, markersize=6, label="centralized, done")

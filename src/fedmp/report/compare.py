@@ -164,6 +164,7 @@ def _rounds(path: Path) -> tuple[RoundRecord, ...]:
 def _row(label: str, path: Path, records: Sequence[RoundRecord], goal: float | None) -> ComparedRun:
     summary = _json(path / "summary.json")
     accuracies = [record.test_accuracy for record in records]
+    tested = [value for value in accuracies if value is not None]
     reached = next(
         (index for index, value in enumerate(accuracies) if goal is not None and (value or 0.0) >= goal), None
     )
@@ -174,7 +175,7 @@ def _row(label: str, path: Path, records: Sequence[RoundRecord], goal: float | N
         rounds=len(records),
         clients=summary.get("clients", len({name for record in records for name in record.clients})),
         devices=summary.get("devices"),
-        accuracy=accuracies[-1],
+        accuracy=tested[-1] if tested else None,
         best_accuracy=_best(records),
         bytes_moved=sum(map(_moved, records)),
         simulated_s=sum(record.simulated_s for record in records),
