@@ -29,11 +29,19 @@ TEN = Job(model=TINY_MLP, topology=topology(*[1] * 10), data=images(20))
             FedAvg(fraction=0.2, over_selection=1.0),
             r"close with 2 clients' .* 3 clients a round, not 2",
         ),
-        (MultiKrum(num_byzantine=3), FedAvg(min_clients=5), r"with 5 to 10 .* = 9 clients a round, not 5"),
+        (
+            MultiKrum(num_byzantine=3),
+            FedAvg(min_clients=5),
+            r"with 5 to 10 .* = 9 clients a round, not 5; .* set strategy.min_clients=9",
+        ),
         (MultiKrum(num_byzantine=2, num_selected=9), FedAvg(), r"select at most 8, not num_selected=9"),
         (Bulyan(num_byzantine=1), FedBuff(buffer_size=6), r"4 x 1 \+ 3 = 7 clients a round, not 6"),
         # 2 of 5 leave one, 3 of 6 leave none: the fewest are not always the worst
-        (TrimmedMean(trim=0.4), FedAvg(min_clients=5), r"with 5 to 10 .* drops 3 of 6 clients"),
+        (
+            TrimmedMean(trim=0.4),
+            FedAvg(min_clients=5),
+            r"with 5 to 10 .* drops 3 of 6 .* strategy.min_clients=9",
+        ),
     ],
     ids=repr,
 )

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from fedmp.errors import ConfigError
 
-__all__ = ["Aggregator", "NeedsClients", "check_cohorts", "check_tolerance", "check_updates"]
+__all__ = [
+    "Aggregator",
+    "NeedsClients",
+    "check_cohorts",
+    "check_tolerance",
+    "check_updates",
+    "enough_clients",
+    "refusal",
+]
 
 
 @runtime_checkable
@@ -57,17 +66,40 @@ def check_cohorts(aggregator: object, *, minimum: int, wanted: int) -> None:
     Raises:
         ConfigError: for some number between them; the first is named.
     """
-    if not isinstance(aggregator, NeedsClients):
+    error = refusal(aggregator, minimum=minimum, wanted=wanted)
+    if error is None:
         return
+    closes = f"{wanted}" if minimum == wanted else f"{minimum} to {wanted}"
+    enough = enough_clients(aggregator, wanted=wanted)
+    remedy = "" if enough is None else f"; or set strategy.min_clients={enough}"
+    raise ConfigError(
+        f"aggregator: rounds of this job close with {closes} clients' updates (strategy.fraction, "
+        f"min_clients or buffer_size decide). {error}{remedy}"
+    ) from error
+
+
+def refusal(aggregator: object, *, minimum: int, wanted: int) -> ConfigError | None:
+    """What an aggregator says to the first number of updates, of those from a minimum on, that it cannot combine.
+
+    Args:
+        aggregator: one without `check_clients` takes any number.
+        minimum, wanted: the first and the last number to ask about.
+    """
+    if not isinstance(aggregator, NeedsClients):
+        return None
     for num_clients in range(minimum, wanted + 1):
         try:
             aggregator.check_clients(num_clients)
         except ConfigError as error:
-            closes = f"{wanted}" if minimum == wanted else f"{minimum} to {wanted}"
-            raise ConfigError(
-                f"aggregator: rounds of this job close with {closes} clients' updates (strategy.fraction, "
-                f"min_clients or buffer_size decide). {error}"
-            ) from error
+            return error
+    return None
+
+
+def enough_clients(aggregator: object, *, wanted: int) -> int | None:
+    """The fewest clients from which on an aggregator combines any number up to those wanted; None if not even these."""
+    numbers = range(wanted, 0, -1)
+    taken = list(takewhile(lambda n: refusal(aggregator, minimum=n, wanted=n) is None, numbers))
+    return taken[-1] if taken else None
 
 
 def check_updates(updates: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]) -> None:

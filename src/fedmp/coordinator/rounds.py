@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 
 from fedmp.aggregate import Aggregator
+from fedmp.aggregate.aggregator import enough_clients, refusal
 from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
 from fedmp.coordinator.clients import Clients, ClientUpdate, Opening, Trained
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.roster import Roster, after_round, facts_of
+from fedmp.errors import RoundError
 from fedmp.records import DeviceReport, Observer, RoundFinished, RoundRecord, RoundStarted
 from fedmp.seeds import derive_seed
 from fedmp.strategy import Strategy
@@ -80,7 +82,7 @@ def run_rounds(
         One record a round.
 
     Raises:
-        RoundError: a round did not close in time.
+        RoundError: a round did not close in time, or too few clients can begin it.
         FedmpError: a client cannot go on.
     """
     records = []
@@ -88,6 +90,7 @@ def run_rounds(
     for round in range(settings.first_round, settings.last_round + 1):
         started_s = time.monotonic()
         opening = _open(settings, strategy, round, late, roster, clients.unreachable())
+        _check_size(opening, aggregator, wanted=strategy.closing(len(settings.clients)).wanted)
         observe(_started(settings, opening))
 
         trained = clients.train(opening)
@@ -136,6 +139,25 @@ def _open(
     closing = closing.among(len(cohort) + len(late) + len(spare))
     states = {client: standing.state for client, standing in roster.items()}
     return Opening(round, cohort, closing, late, tuple(spare[index] for index in order.tolist()), states)
+
+
+def _check_size(opening: Opening, aggregator: Aggregator, *, wanted: int) -> None:
+    """Let nobody train for a round whose updates could not be combined: who is away makes cohorts smaller."""
+    closing = opening.closing
+    error = refusal(aggregator, minimum=closing.minimum, wanted=closing.wanted)
+    if error is None:
+        return
+    enough = enough_clients(aggregator, wanted=wanted)
+    least = (
+        ""
+        if enough is None
+        else f", with strategy.min_clients={enough} (a round then waits for clients that are away)"
+    )
+    raise RoundError(
+        f"round {opening.round} would begin with {opening.num_clients} clients where {wanted} are wanted: the others "
+        f"are away, or strategy.effort leaves them out. {error}. Nobody has trained for it, and what was committed is "
+        f"safe: resume the run when more are there{least}, or with another effort or aggregator"
+    ) from error
 
 
 def _started(settings: RoundSettings, opening: Opening) -> RoundStarted:

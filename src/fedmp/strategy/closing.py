@@ -61,7 +61,8 @@ class ClosingRules(Component):
     Args:
         fraction: share of the clients that each round wants; at least one client.
         min_clients: commit a round without those of its cohort that cannot finish it, or not in time, if at
-            least so many have; None needs all that the round wants.
+            least so many have; None needs all that the round wants. A selection that finds fewer than so many there
+            is filled up with clients that are away, for which the round waits.
         over_selection: let so many more begin than the round wants, as a share: 0.3 picks 13 where 10 are wanted.
             The round closes when those who are wanted have finished, whoever they are.
         deadline_s: seconds after which a round closes with `min_clients`; with fewer it waits on.

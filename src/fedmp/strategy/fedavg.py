@@ -85,9 +85,18 @@ class FedAvg(ClosingRules):
         size: int | None = None,
         facts: Mapping[str, ClientFacts] = NO_FACTS,
     ) -> tuple[str, ...]:
-        """As the selection picks them, without those who would do no work if others are left."""
+        """As the selection picks them, without those who would do no work if others are left.
+
+        Where it picks fewer than `min_clients`, since others cannot be reached, some of those are asked all the same:
+        the round waits for them.
+        """
         size = self.closing(len(clients)).num_training if size is None else size
         chosen = self.selection.select(clients, size, round=round, seed=seed, facts=facts)
+        if num_missing := max(0, min(self.min_clients or 1, size) - len(chosen)):
+            asked = set(chosen)
+            others = [name for name in clients if name not in asked]
+            asked.update(Uniform().select(others, num_missing, round=round, seed=seed))
+            chosen = tuple(name for name in clients if name in asked)
         if self.effort is None:
             return chosen
         effort = self.effort
