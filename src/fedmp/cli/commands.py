@@ -40,6 +40,7 @@ def _terminate(*_: object) -> None:
 
 
 def administer(name: str, arguments: list[str]) -> None:
+    """`fedmp certs`, `enroll` or `revoke`: the coordinator's certificates and credentials."""
     from fedmp.errors import ConfigError
 
     try:
@@ -54,6 +55,7 @@ def administer(name: str, arguments: list[str]) -> None:
 
 
 def run(arguments: list[str]) -> None:
+    """`fedmp run`: one job, or a sweep of them and their comparison."""
     finished: list[Path] = []
     compose(arguments, lambda config: finished.append(_run_config(config)))
     from fedmp.engine.ranks import place_in_environment
@@ -63,15 +65,18 @@ def run(arguments: list[str]) -> None:
 
 
 def simulate(arguments: list[str]) -> None:
+    """`fedmp simulate`: short for `fedmp run engine=simulate`."""
     run(["engine=simulate", *arguments])
 
 
 def plan(arguments: list[str]) -> None:
+    """`fedmp plan`: how each client's model is cut; runs nothing."""
     as_json = "--json" in arguments
     compose([argument for argument in arguments if argument != "--json"], lambda c: _show_plan(c, as_json))
 
 
 def compare(arguments: list[str]) -> None:
+    """`fedmp compare`: several runs in one table and one picture."""
     from fedmp.errors import ConfigError
     from fedmp.report.compare import find_runs
 
@@ -93,6 +98,7 @@ def _show_comparison(paths: Sequence[Path], folder: Path | None) -> None:
 
 
 def presets(arguments: list[str]) -> None:
+    """`fedmp presets`: devices and links that a topology may name."""
     from rich.console import Console
 
     from fedmp.errors import ConfigError
@@ -104,6 +110,7 @@ def presets(arguments: list[str]) -> None:
 
 
 def coordinator(arguments: list[str]) -> None:
+    """`fedmp coordinator`: serves a job to deployed devices, and resumes it where it was."""
     from fedmp.engine.deploy import DeployEngine
     from fedmp.errors import ConfigError
     from fedmp.report import LogView, configure_logs
@@ -127,6 +134,7 @@ def coordinator(arguments: list[str]) -> None:
 
 
 def device(arguments: list[str]) -> None:
+    """`fedmp device`: one deployed device, until its coordinator sends it home."""
     from fedmp.engine.device import LocalJob, run_deployed_device
     from fedmp.report import configure_logs
 
@@ -223,6 +231,7 @@ def _run_paper(config: RunConfig) -> Path:
 
 
 def curves(arguments: list[str]) -> None:
+    """`fedmp curves`: how the result of the paper's experiment depends on its assumptions; trains nothing."""
     if not any(argument.startswith("experiment=") for argument in arguments):
         arguments = ["experiment=paper", *arguments]
     compose(arguments, _show_curves)

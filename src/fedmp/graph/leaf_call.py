@@ -28,6 +28,7 @@ class CallArguments:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallArguments:
+        """Those of a call under way; sizes that depend on the batch are symbolic."""
         leaves, spec = tree_flatten(to_plain((args, dict(kwargs))))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.SymInt))

@@ -41,7 +41,11 @@ class Probe:
 
 
 def probe_call(name: str, original: nn.Module, call: LeafCall, arguments: CallArguments) -> Probe:
-    """Run a copy of the leaf at two batch sizes."""
+    """Run a copy of the leaf at two batch sizes.
+
+    Raises:
+        TraceError: it returns another structure for another batch size, or fails.
+    """
     tensors = arguments.tensors
     sizes = [size for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt)]
     base = min(sizes, key=lambda size: _scaled([size], 1)[0], default=None)

@@ -136,7 +136,12 @@ def plan_profile(
     num_microbatches: int = 8,
     schedule: str | None = None,
 ) -> Plan:
-    """Cut a model of which only the costs are known; see `partition`."""
+    """Cut a model of which only the costs are known; see `partition`.
+
+    Raises:
+        ConfigError: no partitioner has that name.
+        PlanError: the model cannot be cut as asked; InfeasibleError: it does not fit the memory.
+    """
     if isinstance(partitioner, str):
         if partitioner not in _BY_NAME:
             raise ConfigError(f"no partitioner is called {partitioner!r}; there are {', '.join(_BY_NAME)}")

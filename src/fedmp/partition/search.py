@@ -47,6 +47,9 @@ def plan_of(problem: Problem, found: Found, partitioner: str, *, is_global: bool
         found: with a choice.
         partitioner: name of who searched.
         is_global: whether `found.bound_s` holds for every plan, not only for those that were searched.
+
+    Raises:
+        InfeasibleError: the search found no choice.
     """
     if found.choice is None:
         raise InfeasibleError("no plan fits the devices' memory")

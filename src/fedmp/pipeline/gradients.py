@@ -127,6 +127,9 @@ def clip_gradients(stages: Sequence[Stage], exchange: Exchange, max_norm: float)
 
     Returns:
         The norm before clipping, summed in stage order and so the same on all devices.
+
+    Raises:
+        ValueError: `max_norm` is not above 0.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be above 0, not {max_norm}")

@@ -224,7 +224,11 @@ class DistributedTransport:
             self._meet_peers(rank, world_size)
 
     def send(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
-        """Start to send a buffer to a device."""
+        """Start to send a buffer to a device.
+
+        Raises:
+            PipelineError: the device is gone, or the group was left.
+        """
         # the group's own method: `dist.isend` only adds checks, which cost as much as a small message
         self._check_open()
         try:
@@ -233,7 +237,11 @@ class DistributedTransport:
             raise PipelineError(f"cannot send to {self._names[peer]}: {_first_line(error)}") from error
 
     def receive(self, buffer: torch.Tensor, peer: int, tag: int) -> Pending:
-        """Start to receive a buffer from a device."""
+        """Start to receive a buffer from a device.
+
+        Raises:
+            PipelineError: the device is gone, or the group was left.
+        """
         self._check_open()
         try:
             return self._started(self._groups_from[peer].recv([buffer], peer, tag), peer, "receive from")
