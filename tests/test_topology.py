@@ -53,6 +53,13 @@ def test_a_transfer_takes_latency_and_bytes_over_bandwidth() -> None:
         ({"clients": []}, "at least 1 item"),
         ({"clients": {"count": 0, "devices": 1}}, "count is 0; it must be at least 1"),
         ({"clients": [{"name": "a", "devices": []}]}, "at least 1 item"),
+        ({"clients": [{"name": "a", "count": 0, "devices": 1}]}, "count is 0; it must be at least 1"),
+        ({"clients": [{"name": "a", "count": 2, "devices": 1}] * 2}, "a-0 occurs more than once"),
+        (
+            {"clients": [{"name": "a", "count": 9, "devices": 1}, {"name": "a-3", "devices": 1}]},
+            "a-3 occurs more",
+        ),
+        ({"clients": "everyone"}, "valid tuple"),
         ({"clients": [{"name": "a", "devices": 1}, {"name": "a", "devices": 1}]}, "a occurs more than once"),
         ({"clients": [{"name": "a", "devices": [{"name": "x"}, {"name": "x"}]}]}, "x occurs more than once"),
         ({"clients": [{"name": "../a", "devices": 1}]}, "should match pattern"),
@@ -84,7 +91,39 @@ def test_uneven_devices_differ_in_speed_by_ten() -> None:
     assert max(speeds) / min(speeds) == 10
 
 
-def test_many_clients_share_their_devices_and_are_made_at_once() -> None:
+def test_many_clients_share_their_devices_and_are_made_when_asked_for() -> None:
     clients = Topology(clients={"count": 100_000, "devices": {"count": 2}}).clients
-    assert clients[99_999].name == "c99999"
+    assert clients[99_999].name == clients.names[-1] == "c99999"
     assert clients[99_999].devices is clients[0].devices
+    assert len(clients.groups) == 1
+
+
+def test_an_entry_of_the_clients_may_have_a_count() -> None:
+    phone, laptop = {"flops_per_s": 1e9, "count": 1}, {"flops_per_s": 1e11, "count": 1}
+    topology = Topology(
+        clients=[
+            {"name": "phone", "count": 12, "devices": phone},
+            {"name": "phone-x", "devices": laptop},
+            {"name": "laptop1", "count": 2, "devices": laptop},
+        ]
+    )
+    expected = [*(f"phone-{index}" for index in range(12)), "phone-x", "laptop1-0", "laptop1-1"]
+    assert list(topology.clients.names) == [client.name for client in topology.clients] == expected
+    assert [client.devices[0].flops_per_s for client in topology.clients[10:]] == [1e9, 1e9, 1e11, 1e11, 1e11]
+    assert topology.num_devices == 15
+    assert (
+        topology == Topology(clients=list(topology.clients)) == Topology.model_validate(topology.model_dump())
+    )
+
+
+def test_clients_are_found_by_their_names_and_no_others() -> None:
+    clients = Topology(
+        clients=[{"name": "a", "count": 11, "devices": 1}, {"name": "b", "devices": 1}]
+    ).clients
+    assert [clients.place(name) for name in clients.names] == list(range(12))
+    for name in ("a", "a-", "a-11", "a-01", "a-00", "a-x", "b-0", "c0", "", "a-٣", "a-0\n"):
+        assert name not in clients.names
+        with pytest.raises(KeyError):
+            clients.place(name)
+    with pytest.raises(IndexError, match="no client 12"):
+        clients[12]

@@ -175,7 +175,7 @@ def test_every_config_names_a_component_and_repeats_no_default(group: str) -> No
 def test_the_public_names_are_these() -> None:
     sets = "CIFAR10 Elec2 FashionMNIST FashionMNISTExcerpt HAPT MNIST NoData Shakespeare Synthetic ArrayData"
     splits = "ByUser Dirichlet IID Own PowerLaw Shards describe"
-    shared = "DataSource Dataset Split TrainTest"
+    shared = "DataSource Dataset RowNumbers Rows Split TrainTest"
     assert sorted(fedmp.data.__all__) == sorted(f"{sets} {splits} {shared}".split())
 
 

@@ -53,7 +53,7 @@ def test_every_split_gives_each_sample_to_exactly_one_client(
     assert len(rows) == num_clients
     assert all(len(part) > 0 and part.dtype == torch.int64 for part in rows)
     assert all(torch.equal(part, part.sort().values) for part in rows)
-    assert torch.cat(rows).sort().values.tolist() == list(range(num_samples))
+    assert torch.cat(list(rows)).sort().values.tolist() == list(range(num_samples))
 
 
 @pytest.mark.parametrize("split", [IID(), Dirichlet(), Shards()], ids=repr)

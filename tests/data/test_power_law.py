@@ -18,7 +18,7 @@ def test_each_sample_goes_to_one_client_and_each_client_has_its_labels(num_clien
     data = labelled(6007)
     assert data.targets is not None
     rows = PowerLaw(min_per_label=3).assign(data, num_clients, 1)
-    assert torch.cat(rows).sort().values.tolist() == list(range(6007))
+    assert torch.cat(list(rows)).sort().values.tolist() == list(range(6007))
     for own in rows:
         labels, counts = data.targets[own].unique(return_counts=True)
         assert len(labels) == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedmp import Job, Result
+from fedmp import Job, Result, Topology
 from fedmp.data import IID, Dataset, Dirichlet
 from fedmp.engine import Centralized
 from fedmp.models import MLP
@@ -269,7 +269,7 @@ def test_batch_norm_statistics_are_averaged_with_the_samples_as_weights(tmp_path
         single = tiny_job(
             model=TINY_CNN,
             data=_with_train(job, part),
-            topology=topology(1, 1).model_copy(update={"clients": (topology(1, 1).clients[index],)}),
+            topology=Topology(clients=[topology(1, 1).clients[index]]),
             split=_InOrder(),
             rounds=1,
             strategy=FedAvg(local_steps=1),

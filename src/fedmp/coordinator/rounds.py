@@ -125,7 +125,8 @@ def _open(
 ) -> Opening:
     """Let so many clients begin that, with those who are late, as many train as the strategy wants."""
     closing = strategy.closing(len(settings.clients))
-    free = [client for client in settings.clients if client not in late]
+    everyone = settings.clients  # of whom there may be 100,000
+    free = [client for client in everyone if client not in late] if late else everyone
     size = min(closing.num_training - len(late), len(free))
     facts = facts_of(free, roster, num_samples=settings.num_samples, unreachable=unreachable)
     cohort = (
@@ -161,8 +162,10 @@ def _check_size(opening: Opening, aggregator: Aggregator, *, wanted: int) -> Non
 
 
 def _started(settings: RoundSettings, opening: Opening) -> RoundStarted:
-    taking_part = {*opening.cohort, *opening.late}
-    clients = tuple(client for client in settings.clients if client in taking_part)
+    clients = opening.cohort
+    if opening.late:
+        taking_part = {*opening.cohort, *opening.late}
+        clients = tuple(client for client in settings.clients if client in taking_part)
     return RoundStarted(opening.round, clients, sum(settings.round_samples[client] for client in clients))
 
 

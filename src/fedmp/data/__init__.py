@@ -13,6 +13,7 @@ from fedmp.data.elec2 import Elec2
 from fedmp.data.hapt import HAPT
 from fedmp.data.images import CIFAR10, MNIST, FashionMNIST, FashionMNISTExcerpt
 from fedmp.data.no_data import NoData
+from fedmp.data.rows import RowNumbers, Rows
 from fedmp.data.shakespeare import Shakespeare
 from fedmp.data.splits import IID, ByUser, Dirichlet, Own, PowerLaw, Shards, Split, describe
 from fedmp.data.synthetic import Synthetic
@@ -33,6 +34,8 @@ __all__ = [
     "NoData",
     "Own",
     "PowerLaw",
+    "RowNumbers",
+    "Rows",
     "Shakespeare",
     "Shards",
     "Split",

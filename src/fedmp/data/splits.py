@@ -1,4 +1,7 @@
-"""Who gets which sample: a training set comes in, one list of row numbers per client goes out."""
+"""Who gets which sample: a training set comes in, each client's row numbers go out.
+
+The rules here decide the client of every sample; `Rows` sorts the samples by client.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pydantic import Field
 
 from fedmp.component import Component
 from fedmp.data.dataset import Dataset
+from fedmp.data.rows import RowNumbers, Rows
 from fedmp.errors import DataError
 from fedmp.records import ClientData
 
@@ -25,7 +29,7 @@ _MAX_DRAWS = 1000
 class Split(Protocol):
     """A rule that spreads a data set over clients: one of this module or a user's own."""
 
-    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> Sequence[RowNumbers]:
         """The rows of each client.
 
         Args:
@@ -34,7 +38,8 @@ class Split(Protocol):
             seed: at least 0; the same seed gives the same rows.
 
         Returns:
-            For each client its row numbers, int64 and ascending; each sample in exactly one of them.
+            For each client its row numbers, in any sequence of whole numbers. The splits of this module return
+            `Rows`, ascending, with each sample in exactly one of them.
 
         Raises:
             DataError: the data set lacks what the rule needs, or a client would have no samples.
@@ -45,10 +50,12 @@ class Split(Protocol):
 class IID(Component):
     """Shuffle, then deal equally: client sizes differ by one sample at most."""
 
-    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> Rows:
         """The rows of each client; see `Split.assign`."""
         rows = _generator(num_clients, seed).permutation(len(dataset))
-        return _assignments(np.array_split(rows, num_clients), "IID")
+        return _dealt(
+            rows, np.repeat(np.arange(num_clients), _even(len(rows), num_clients)), num_clients, "IID"
+        )
 
 
 class Dirichlet(Component):
@@ -67,7 +74,7 @@ class Dirichlet(Component):
     alpha: float = Field(default=0.5, gt=0, le=1e6)
     min_samples: int = Field(default=10, ge=1)
 
-    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> Rows:
         """The rows of each client; see `Split.assign`.
 
         Raises:
@@ -76,14 +83,14 @@ class Dirichlet(Component):
         generator = _generator(num_clients, seed)
         labels = _labels(dataset, "Dirichlet")
         by_class = [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
-        cuts = self._draw_cuts(np.array([len(rows) for rows in by_class]), num_clients, generator)
-        parts = [np.split(rows, cut) for rows, cut in zip(by_class, cuts, strict=True)]
-        return _assignments([np.concatenate(pieces) for pieces in zip(*parts, strict=True)], "Dirichlet")
+        sizes = self._draw_sizes(np.array([len(rows) for rows in by_class]), num_clients, generator)
+        owners = np.repeat(np.tile(np.arange(num_clients), len(by_class)), sizes.ravel())
+        return _dealt(np.concatenate(by_class), owners, num_clients, "Dirichlet")
 
-    def _draw_cuts(
+    def _draw_sizes(
         self, class_sizes: npt.NDArray[Any], num_clients: int, generator: np.random.Generator
     ) -> npt.NDArray[np.int64]:
-        """Where to cut each class's rows, [classes, num_clients - 1]."""
+        """How many rows of each class each client gets, [classes, num_clients]."""
         total, needed = int(class_sizes.sum()), self.min_samples * num_clients
         if needed > total:
             raise DataError(
@@ -94,11 +101,12 @@ class Dirichlet(Component):
         for _ in range(_MAX_DRAWS):
             shares = generator.dirichlet(np.full(num_clients, self.alpha), size=len(class_sizes))
             ends = np.minimum(np.cumsum(shares[:, :-1], axis=1), 1.0) * class_sizes[:, None]
-            cuts: npt.NDArray[np.int64] = ends.astype(np.int64)
-            sizes = np.diff(cuts, axis=1, prepend=0, append=class_sizes[:, None]).sum(axis=0)
-            if sizes.min() >= self.min_samples:
-                return cuts
-            best = max(best, int(sizes.min()))
+            cuts = ends.astype(np.int64)
+            sizes: npt.NDArray[np.int64] = np.diff(cuts, axis=1, prepend=0, append=class_sizes[:, None])
+            smallest = int(sizes.sum(axis=0).min())
+            if smallest >= self.min_samples:
+                return sizes
+            best = max(best, smallest)
         lower = " or a smaller min_samples" if self.min_samples > 1 else ""
         raise DataError(
             f"Dirichlet(alpha={self.alpha}, min_samples={self.min_samples}) left one of {num_clients} "
@@ -116,7 +124,7 @@ class Shards(Component):
 
     shards_per_client: int = Field(default=2, ge=1)
 
-    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> Rows:
         """The rows of each client; see `Split.assign`.
 
         Raises:
@@ -127,9 +135,10 @@ class Shards(Component):
         shuffled = generator.permutation(len(labels))
         by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
         num_shards = num_clients * self.shards_per_client
-        shards = np.array_split(by_label, num_shards)
-        hands = generator.permutation(num_shards).reshape(num_clients, self.shards_per_client)
-        return _assignments([np.concatenate([shards[shard] for shard in hand]) for hand in hands], "Shards")
+        holders = np.empty(num_shards, dtype=np.int64)
+        holders[generator.permutation(num_shards)] = np.arange(num_shards) // self.shards_per_client
+        owners = np.repeat(holders, _even(len(labels), num_shards))
+        return _dealt(by_label, owners, num_clients, "Shards")
 
 
 class PowerLaw(Component):
@@ -150,7 +159,7 @@ class PowerLaw(Component):
     min_per_label: int = Field(default=5, ge=1)
     sigma: float = Field(default=2.0, ge=0, le=10)
 
-    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> Rows:
         """The rows of each client; see `Split.assign`.
 
         Raises:
@@ -164,29 +173,28 @@ class PowerLaw(Component):
                 f"PowerLaw(labels_per_client={self.labels_per_client}) but there are {len(classes)} labels; use fewer"
             )
         places = generator.permutation(num_clients)
-        hands: list[list[npt.NDArray[Any]]] = [[] for _ in range(num_clients)]
+        dealt, owners = [], []
         for index, label in enumerate(classes):
             steps = (index - places) % len(classes)
             holders = np.flatnonzero(steps < self.labels_per_client)
-            rows = generator.permutation(np.flatnonzero(labels == label))
-            for client, part in zip(holders, self._deal(rows, len(holders), generator), strict=True):
-                hands[client].append(part)
-        return _assignments([np.concatenate(hand) for hand in hands], "PowerLaw")
+            dealt.append(generator.permutation(np.flatnonzero(labels == label)))
+            owners.append(np.repeat(holders, self._sizes(len(dealt[-1]), len(holders), generator)))
+        return _dealt(np.concatenate(dealt), np.concatenate(owners), num_clients, "PowerLaw")
 
-    def _deal(
-        self, rows: npt.NDArray[Any], num_holders: int, generator: np.random.Generator
-    ) -> list[npt.NDArray[Any]]:
-        """One label's rows for each of its holders."""
-        spare = len(rows) - num_holders * self.min_per_label
+    def _sizes(
+        self, num_samples: int, num_holders: int, generator: np.random.Generator
+    ) -> npt.NDArray[np.int64]:
+        """How many of one label's samples each of its holders gets."""
+        spare = num_samples - num_holders * self.min_per_label
         if num_holders == 0 or spare < 0:
             raise DataError(
-                f"PowerLaw(min_per_label={self.min_per_label}) has {len(rows)} samples of a label for {num_holders} "
+                f"PowerLaw(min_per_label={self.min_per_label}) has {num_samples} samples of a label for {num_holders} "
                 f"clients; use more clients if there are none, otherwise fewer or a smaller min_per_label"
             )
         draws = generator.lognormal(0.0, self.sigma, num_holders)
         ends = np.round(np.cumsum(draws) / draws.sum() * spare).astype(np.int64)
-        sizes = np.diff(ends, prepend=0) + self.min_per_label
-        return np.split(rows, np.cumsum(sizes)[:-1])
+        sizes: npt.NDArray[np.int64] = np.diff(ends, prepend=0) + self.min_per_label
+        return sizes
 
 
 class ByUser(Component):
@@ -196,7 +204,7 @@ class ByUser(Component):
     equal size.
     """
 
-    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> Rows:
         """The rows of each client; see `Split.assign`.
 
         Raises:
@@ -217,10 +225,8 @@ class ByUser(Component):
             client_of_user[user] = client
             heapq.heappush(loads, (load + int(counts[user]), client))
         owners = client_of_user[np.searchsorted(users, dataset.users.numpy())]
-        parts = np.split(
-            np.argsort(owners, kind="stable"), np.searchsorted(np.sort(owners), np.arange(1, num_clients))
-        )
-        return _assignments(parts, f"ByUser with {len(users)} users")
+        everything = np.arange(len(dataset))
+        return _dealt(everything, owners, num_clients, f"ByUser with {len(users)} users")
 
 
 class Own(Component):
@@ -229,9 +235,9 @@ class Own(Component):
     Each client has every row of what its devices load.
     """
 
-    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> list[torch.Tensor]:
+    def assign(self, dataset: Dataset, num_clients: int, seed: int) -> Rows:
         """All rows for each client."""
-        return [torch.arange(len(dataset)) for _ in range(num_clients)]
+        return Rows(torch.arange(len(dataset)).repeat(num_clients), [len(dataset)] * num_clients)
 
 
 def describe(
@@ -279,11 +285,22 @@ def _labels(dataset: Dataset, split: str) -> npt.NDArray[np.int64]:
     return targets.numpy().astype(np.int64)
 
 
-def _assignments(parts: Sequence[npt.NDArray[Any]], split: str) -> list[torch.Tensor]:
-    empty = next((client for client, rows in enumerate(parts) if len(rows) == 0), None)
+def _even(total: int, num_parts: int) -> npt.NDArray[np.int64]:
+    """Sizes of parts that differ by one at most, the larger first."""
+    sizes = np.full(num_parts, total // num_parts)
+    sizes[: total % num_parts] += 1
+    return sizes
+
+
+def _dealt(rows: npt.NDArray[np.int64], owners: npt.NDArray[np.int64], num_clients: int, split: str) -> Rows:
+    """Every row given to its owner: `rows` has each row of the data set once, in the order of `owners`."""
+    owner_of = np.empty(len(rows), dtype=np.int64)
+    owner_of[rows] = owners
+    dealt = Rows.of_owners(owner_of, num_clients)
+    empty = next((client for client in range(num_clients) if dealt.size(client) == 0), None)
     if empty is not None:
         raise DataError(
-            f"client {empty} would have no samples: {split} spreads {sum(map(len, parts))} samples over "
-            f"{len(parts)} clients; use fewer clients or more data"
+            f"client {empty} would have no samples: {split} spreads {len(rows)} samples over "
+            f"{num_clients} clients; use fewer clients or more data"
         )
-    return [torch.from_numpy(np.sort(rows).astype(np.int64)) for rows in parts]
+    return dealt

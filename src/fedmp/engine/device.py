@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import fedmp
 from fedmp.client import OTHER_PLAN, DeviceSpec, Federation, HttpFederation, heartbeat, serve_job
-from fedmp.data import Dataset
+from fedmp.data import Dataset, Rows
 from fedmp.engine.agreement import check_agreement
 from fedmp.engine.job import Job
 from fedmp.engine.prepare import build_model, local_work, part_of, trace_model
@@ -288,12 +288,9 @@ def _own_data(known: _Known, offer: JobOffer, blueprints: Sequence[StageBlueprin
 
 def _load(job: Job, offer: JobOffer) -> Dataset:
     train = job.source().load().train
-    rows = job.split.assign(train, offer.num_clients, derive_seed(job.seed, "split") % 2**32)[
-        offer.client_index
-    ]
-    if len(rows) == 0:
-        raise DataError(f"client {offer.client} has no training samples here; check data and split")
-    return train.select(rows)
+    parts = job.split.assign(train, offer.num_clients, derive_seed(job.seed, "split") % 2**32)
+    own = parts[offer.client_index : offer.client_index + 1]
+    return train.select(Rows.checked(own, [offer.client], num_rows=len(train))[0])
 
 
 def _join(federation: Federation, ready: Ready) -> int | None:

@@ -1,25 +1,22 @@
 """All clients of a job, each set up when it is asked for.
 
-Clients with the same devices and links share a plan, and all share one tensor of row numbers, so that a population of
-100,000 is 100,000 row ranges and a few plans.
+Clients that are alike share a description and a plan, and all share one tensor of row numbers, so that a population
+of 100,000 is 100,000 row ranges and a few plans. A client's own record is made when it is asked for, and not kept.
 """
 
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
-
-from fedmp.data import Dataset
+from fedmp.data import Dataset, Rows
 from fedmp.engine.setup import ClientSetup
 from fedmp.records import Plan
-from fedmp.topology import Client
+from fedmp.topology import Client, ClientList
 
-__all__ = ["MANY_CLIENTS", "Population", "Told", "kinds_of"]
+__all__ = ["MANY_CLIENTS", "Population", "Told", "set_up_groups"]
 
 MANY_CLIENTS = 500  # of more, reports tell of kinds of clients instead of each
 
@@ -31,88 +28,88 @@ class Population(Mapping[str, ClientSetup]):
 
     Args:
         clients: of the topology.
-        kinds: a set-up of one client of each kind.
-        kind_of: each client's.
+        setups: for each of their groups, of a client that is like them.
         data: everyone's samples.
-        rows: each client's rows of them.
+        rows: each client's of them.
     """
 
-    def __init__(
-        self,
-        clients: Sequence[Client],
-        kinds: Sequence[ClientSetup],
-        kind_of: Sequence[int],
-        data: Dataset,
-        rows: Sequence[torch.Tensor],
-    ) -> None:
-        self._clients, self._kinds, self._kind_of, self._data = clients, kinds, kind_of, data
-        self.places: Mapping[str, int] = {client.name: place for place, client in enumerate(clients)}
-        self._rows = torch.cat(list(rows))
-        self._ends: array[int] = array("q", [0, *torch.tensor([len(own) for own in rows]).cumsum(0).tolist()])
+    def __init__(self, clients: ClientList, setups: Sequence[ClientSetup], data: Dataset, rows: Rows) -> None:
+        self._clients, self._setups, self._data, self._rows = clients, setups, data, rows
         self._examples: dict[tuple[int, int], int] = {}
         self._made: dict[str, ClientSetup] = {}
 
     def __getitem__(self, name: str) -> ClientSetup:
         if name in self._made:
             return self._made[name]
-        place = self.places[name]
-        begin, end = self._ends[place], self._ends[place + 1]
-        kind = self._kinds[self._kind_of[place]]
-        setup = ClientSetup(
-            self._clients[place],
-            kind.plan,
-            kind.pieces,
-            kind.moved,
-            kind.work,
-            self._data,
-            self._rows[begin:end],
-            end - begin,
+        place = self.place(name)
+        setup = replace(
+            self._setup(place),
+            client=self._clients[place],
+            data=self._data,
+            rows=self._rows[place],
+            num_samples=self._rows.size(place),
         )
         if len(self) <= MANY_CLIENTS:
             self._made[name] = setup
         return setup
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self._clients.names)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self._clients)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.places
+        return name in self._clients.names
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all clients, in order."""
+        return self._clients.names
+
+    def place(self, name: str) -> int:
+        """The place of a client among all.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        return self._clients.place(name)
 
     def num_samples(self, name: str) -> int:
         """Samples of a client."""
-        place = self.places[name]
-        return self._ends[place + 1] - self._ends[place]
+        return self._rows.size(self.place(name))
 
     def round_samples(self, name: str) -> int:
         """Samples that a client processes in one round."""
-        kind, size = self._kind_of[self.places[name]], self.num_samples(name)
-        if (kind, size) not in self._examples:
-            self._examples[kind, size] = self._kinds[kind].work.num_examples(size)
-        return self._examples[kind, size]
+        place = self.place(name)
+        work, size = self._setup(place).work, self._rows.size(place)
+        key = id(work), size  # the works of all groups live as long as this
+        if key not in self._examples:
+            self._examples[key] = work.num_examples(size)
+        return self._examples[key]
 
     @property
     def num_devices(self) -> int:
         """Devices that train, of all clients."""
-        devices = [kind.plan.num_devices for kind in self._kinds]
-        return sum(devices[kind] for kind in self._kind_of)
+        groups = zip(self._clients.groups, self._setups, strict=True)
+        return sum(group.count * setup.plan.num_devices for group, setup in groups)
 
     @property
     def plans(self) -> dict[str, Plan]:
         """Each client's plan; of a large population each kind's, under the name of its first client."""
         if len(self) <= MANY_CLIENTS:
-            return {
-                name: self._kinds[kind].plan for name, kind in zip(self.places, self._kind_of, strict=True)
-            }
-        found: dict[int, list[int]] = {}
-        for place, kind in enumerate(self._kind_of):
-            found.setdefault(kind, [place, 0])[1] += 1
+            return {name: self._setup(place).plan for place, name in enumerate(self.names)}
+        counts: dict[int, int] = {}
+        for group, setup in zip(self._clients.groups, self._setups, strict=True):
+            counts[id(setup)] = counts.get(id(setup), 0) + group.count
+        firsts = {id(setup): setup for setup in self._setups}
         return {
-            f"{self._clients[first].name} (and {count - 1} like it)": self._kinds[kind].plan
-            for kind, (first, count) in found.items()
+            f"{setup.name} (and {counts[kind] - 1} like it)": setup.plan for kind, setup in firsts.items()
         }
+
+    def _setup(self, place: int) -> ClientSetup:
+        """Of a client that is like the one at this place."""
+        return self._setups[self._clients.group(place)]
 
 
 class Told(Mapping[str, T]):
@@ -136,10 +133,8 @@ class Told(Mapping[str, T]):
         return len(self._clients)
 
 
-def kinds_of(
-    clients: Sequence[Client], set_up: Callable[[Client], ClientSetup]
-) -> tuple[list[ClientSetup], Sequence[int]]:
-    """One set-up for clients with the same devices and links, and which one each client has.
+def set_up_groups(clients: ClientList, set_up: Callable[[Client], ClientSetup]) -> list[ClientSetup]:
+    """For each group of clients one that is like them, ready to train: the same for the same devices and links.
 
     Args:
         clients: of the topology.
@@ -148,17 +143,15 @@ def kinds_of(
     Raises:
         PlanError: no plan fits a client's devices.
     """
-    kinds: list[ClientSetup] = []
-    by_text: dict[str, int] = {}
-    by_identity: dict[tuple[int, int], int] = {}  # clients made of one description share its parts
-    kind_of = array("l")
-    for client in clients:
+    by_text: dict[str, ClientSetup] = {}
+    by_identity: dict[tuple[int, int], str] = {}  # clients made of one description share its parts
+    setups = []
+    for client in (group.first for group in clients.groups):
         identity = id(client.devices), id(client.links)
         if identity not in by_identity:
-            text = hashlib.sha256(f"{client.devices}{client.links}".encode()).hexdigest()
-            if text not in by_text:
-                by_text[text] = len(kinds)
-                kinds.append(replace(set_up(client), client=client))
-            by_identity[identity] = by_text[text]
-        kind_of.append(by_identity[identity])
-    return kinds, kind_of
+            by_identity[identity] = hashlib.sha256(f"{client.devices}{client.links}".encode()).hexdigest()
+        text = by_identity[identity]
+        if text not in by_text:
+            by_text[text] = set_up(client)
+        setups.append(by_text[text])
+    return setups

@@ -16,12 +16,12 @@ from torch import nn
 from fedmp.client import LocalWork
 from fedmp.clock import DeviceWork
 from fedmp.cohort import Probe
-from fedmp.data import Dataset, TrainTest, describe
+from fedmp.data import Dataset, Rows, TrainTest, describe
 from fedmp.engine.attacked import poisoned
 from fedmp.engine.job import Job
-from fedmp.engine.population import MANY_CLIENTS, Population, kinds_of
+from fedmp.engine.population import MANY_CLIENTS, Population, set_up_groups
 from fedmp.engine.setup import ClientSetup, Piece, received_names, shared_names
-from fedmp.errors import ConfigError, DataError, PlanError
+from fedmp.errors import ConfigError, PlanError
 from fedmp.graph import LayerGraph, StateSpec, trace
 from fedmp.partition.api import plan_graph
 from fedmp.records import ClientData, Plan
@@ -48,6 +48,7 @@ __all__ = [
     "scope_of",
     "set_up_client",
     "trace_model",
+    "who_has_what",
 ]
 
 
@@ -141,32 +142,32 @@ def prepare(job: Job) -> Prepared:
     return plan_split(job, *load_and_split(job))
 
 
-def load_and_split(job: Job) -> tuple[TrainTest, list[str], list[torch.Tensor]]:
-    """The data, the clients' names, and each one's rows of the training set.
+def load_and_split(job: Job) -> tuple[TrainTest, Rows]:
+    """The data, and each client's rows of the training set.
 
     Raises:
         DataError: the data cannot be loaded or split.
     """
-    data = job.source().load()
-    names = [client.name for client in job.topology.clients]
-    rows = job.split.assign(data.train, len(names), derive_seed(job.seed, "split") % 2**32)
-    empty = [name for name, indices in zip(names, rows, strict=True) if len(indices) == 0]
-    if empty:
-        raise DataError(f"client {empty[0]} has no training samples; use another split or fewer clients")
-    data = replace(data, train=poisoned(job.attack, data.train, rows, names, seed=job.seed))
-    return data, names, rows
+    data, names = job.source().load(), job.topology.clients.names
+    parts = job.split.assign(data.train, len(names), derive_seed(job.seed, "split") % 2**32)
+    rows = Rows.checked(parts, names, num_rows=len(data.train))
+    return replace(data, train=poisoned(job.attack, data.train, rows, names, seed=job.seed)), rows
 
 
-def plan_split(job: Job, data: TrainTest, names: Sequence[str], rows: Sequence[torch.Tensor]) -> Prepared:
+def plan_split(job: Job, data: TrainTest, rows: Rows) -> Prepared:
     """Build and trace the model and plan every client, whose samples are known.
 
     Raises:
         TraceError, PlanError: as named.
     """
     planned = _plan_clients(job, data)
-    clients = Population(job.topology.clients, planned.kinds, planned.kind_of, data.train, rows)
-    table = describe(data.train, rows, names) if len(names) <= MANY_CLIENTS else ()
-    return replace(planned.prepared, clients=clients, table=table)
+    clients = Population(job.topology.clients, planned.setups, data.train, rows)
+    return replace(planned.prepared, clients=clients, table=who_has_what(clients, data.train, rows))
+
+
+def who_has_what(clients: Population, train: Dataset, rows: Rows) -> tuple[ClientData, ...]:
+    """Each client's samples, for reports; nothing of a large population."""
+    return describe(train, rows, clients.names) if len(clients) <= MANY_CLIENTS else ()
 
 
 def prepare_without_clients_data(job: Job) -> Prepared:
@@ -181,9 +182,10 @@ def prepare_without_clients_data(job: Job) -> Prepared:
             "attacks are simulated, not made on clients elsewhere; use engine=simulate or local"
         )
     planned = _plan_clients(job, job.source().load())
+    everyone = job.topology.clients
     clients = {
-        client.name: replace(planned.kinds[kind], client=client)
-        for client, kind in zip(job.topology.clients, planned.kind_of, strict=True)
+        client.name: replace(planned.setups[everyone.group(place)], client=client)
+        for place, client in enumerate(everyone)
     }
     return replace(planned.prepared, clients=clients)
 
@@ -305,11 +307,10 @@ def scope_of(job: Job, specs: Mapping[str, StateSpec]) -> Scope:
 
 @dataclass(frozen=True, eq=False)
 class _Planned:
-    """A job without its clients, and the kinds of clients that there are."""
+    """A job without its clients, and for each group of them one that is like them."""
 
     prepared: Prepared
-    kinds: Sequence[ClientSetup]
-    kind_of: Sequence[int]
+    setups: Sequence[ClientSetup]
 
 
 def _plan_clients(job: Job, data: TrainTest) -> _Planned:
@@ -328,8 +329,8 @@ def _plan_clients(job: Job, data: TrainTest) -> _Planned:
         sample_dtype=example.dtype,
         scope=scope,
     )
-    kinds, kind_of = kinds_of(job.topology.clients, lambda client: set_up_client(job, graph, model, client))
-    return _Planned(prepared, kinds, kind_of)
+    setups = set_up_groups(job.topology.clients, lambda client: set_up_client(job, graph, model, client))
+    return _Planned(prepared, setups)
 
 
 def example_input(data: Dataset, batch_size: int) -> torch.Tensor:

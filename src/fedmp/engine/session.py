@@ -163,12 +163,14 @@ def round_settings(session: Session) -> RoundSettings:
     prepared = session.prepared
     clients = prepared.clients
     if isinstance(clients, Population):
+        names = clients.names
         num_samples, round_samples = clients.num_samples, clients.round_samples
     else:
+        names = tuple(clients)
         num_samples = lambda name: clients[name].num_samples  # noqa: E731
         round_samples = lambda name: clients[name].round_samples  # noqa: E731
     return RoundSettings(
-        clients=tuple(clients),
+        clients=names,
         round_samples=_of_each(clients, round_samples),
         predicted_s=_of_each(clients, lambda name: clients[name].predicted_s),
         first_round=session.first_round,

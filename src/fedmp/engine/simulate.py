@@ -64,20 +64,20 @@ class SimulateEngine(Component):
             raise ConfigError(
                 "faults happen to device processes, which engine 'simulate' has none of; use engine=local"
             )
-        data, names, parts = load_and_split(job)
+        data, rows = load_and_split(job)
         reason = "as asked" if self.cohort == "sequential" else why_one_by_one(job)
         model = build_model(job)
         reason = reason or deals_out_fragments(job, model)
         found = Probe(reason)
         if not reason:
-            found = try_out(job, model, data.train, parts[0], draws_noise=self.cohort == "vectorized")
+            found = try_out(job, model, data.train, rows[0], draws_noise=self.cohort == "vectorized")
         if self.cohort == "vectorized" and found.refusal:
             raise ConfigError(
                 f"engine.cohort=vectorized: {found.refusal}; use engine.cohort=auto or sequential"
             )
         if needs_no_trace(job):
-            return Untraced(job, model, data, parts, found)
-        return replace(plan_split(job, data, names, parts), probe=found)
+            return Untraced(job, model, data, rows, found)
+        return replace(plan_split(job, data, rows), probe=found)
 
     def run(self, session: Session) -> Outcome:
         """Run the rounds.

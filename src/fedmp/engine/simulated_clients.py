@@ -48,7 +48,7 @@ class SimulatedClients:
         self._prepared = session.prepared
         clients = session.prepared.clients
         assert isinstance(clients, Population)
-        self._place = clients.places.__getitem__
+        self._place = clients.place
         self._trainer = trainer
         self._time = SimulatedTime(session)
         self._finish_s = finish_s or self._time.finish_s

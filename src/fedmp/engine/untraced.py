@@ -7,7 +7,7 @@ cost functions as a trace's; the graph is made when something else asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,10 +15,18 @@ import torch
 from torch import nn
 
 from fedmp.cohort import Probe, flat_optimizer
-from fedmp.data import TrainTest, describe
+from fedmp.data import Rows, TrainTest
 from fedmp.engine.job import Job
-from fedmp.engine.population import MANY_CLIENTS, Population, kinds_of
-from fedmp.engine.prepare import Prepared, example_input, local_work, moved_bytes, scope_of, trace_model
+from fedmp.engine.population import Population, set_up_groups
+from fedmp.engine.prepare import (
+    Prepared,
+    example_input,
+    local_work,
+    moved_bytes,
+    scope_of,
+    trace_model,
+    who_has_what,
+)
 from fedmp.engine.setup import ClientSetup
 from fedmp.errors import PlanError
 from fedmp.graph import CutRules, LayerGraph, StateSpec, profile_whole, state_specs
@@ -31,7 +39,7 @@ __all__ = ["Untraced", "needs_no_trace"]
 def needs_no_trace(job: Job) -> bool:
     """Whether all that a trace would tell of a job can be told without."""
     return (
-        all(len(client.devices) == 1 for client in job.topology.clients)
+        all(len(group.first.devices) == 1 for group in job.topology.clients.groups)
         and job.costs == "flops"
         and not job.leaves
         and job.cuts == CutRules()
@@ -58,16 +66,14 @@ class Untraced(Prepared):
         job: the job.
         model: with the initial weights.
         data: training and test samples.
-        rows: of each client, in the topology's order.
+        rows: of each client.
         probe: how the model can be trained for many clients at once.
 
     Raises:
         PlanError: the model does not fit a client's device.
     """
 
-    def __init__(
-        self, job: Job, model: nn.Module, data: TrainTest, rows: Sequence[torch.Tensor], probe: Probe
-    ) -> None:
+    def __init__(self, job: Job, model: nn.Module, data: TrainTest, rows: Rows, probe: Probe) -> None:
         example = example_input(data.train, job.batch_size)
         specs = state_specs(model)
         scope = scope_of(job, specs)
@@ -93,16 +99,14 @@ class Untraced(Prepared):
                 client, plan, [piece], moved_bytes(job, specs, work, plan, [piece]), work, None, None
             )
 
-        topology = job.topology.clients
-        kinds, kind_of = kinds_of(topology, set_up)
-        names = [client.name for client in topology]
-        few = len(names) <= MANY_CLIENTS
+        everyone = job.topology.clients
+        clients = Population(everyone, set_up_groups(everyone, set_up), data.train, rows)
         given = {
             "job": job,
             "model": model,
             "data": data,
-            "clients": Population(topology, kinds, kind_of, data.train, rows),
-            "table": describe(data.train, rows, names) if few else (),
+            "clients": clients,
+            "table": who_has_what(clients, data.train, rows),
             "sample_shape": tuple(example.shape[1:]),
             "sample_dtype": example.dtype,
             "notes": (),

@@ -99,7 +99,7 @@ def _percent(point: CurvePoint) -> str:
 class _World:
     """Both sides' hardware and data."""
 
-    clients: tuple[Client, ...]
+    clients: Sequence[Client]
     sizes: tuple[int, ...]
     center: Client
 

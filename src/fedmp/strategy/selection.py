@@ -180,5 +180,4 @@ def _loss_of(client: str, facts: Mapping[str, ClientFacts]) -> float:
 
 
 def _named(clients: Sequence[str], chosen: Collection[int]) -> tuple[str, ...]:
-    indices = set(chosen)
-    return tuple(name for index, name in enumerate(clients) if index in indices)
+    return tuple(clients[index] for index in sorted(set(chosen)))
