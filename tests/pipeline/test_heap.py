@@ -1,4 +1,4 @@
-"""A device's process keeps near its plan where the device's memory is short."""
+"""Whether freed tensors leave a process, or wait there to be used again."""
 
 from __future__ import annotations
 
@@ -38,3 +38,35 @@ def grown(memory_mib: int) -> tuple[bool, int]:
 def test_freed_tensors_leave_the_process_where_memory_is_short_and_only_there() -> None:
     assert grown(memory_mib=1024) == (False, pytest.approx(115, abs=8))
     assert grown(memory_mib=199) == (True, pytest.approx(58, abs=8))
+
+
+KEEPING = """
+import json, os, resource
+import torch
+from fedmp.pipeline import keep_freed
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def again():
+    before = faults()
+    for _ in range(20):
+        a = torch.ones(1 << 19)  # 2 MiB each
+        b, c = a + 1, a * 2
+    return faults() - before
+
+again()
+usual = again()
+is_kept = keep_freed()
+again()
+print(json.dumps([is_kept, usual, again()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is Linux's")
+def test_tensors_that_are_made_over_and_over_may_stay_where_they_are() -> None:
+    run = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    is_kept, usual, kept = json.loads(run.stdout)
+    assert is_kept
+    assert kept < usual / 100, "pages that the system had to clear anew"

@@ -140,8 +140,14 @@ def _beside_channels(x: torch.Tensor) -> torch.Tensor:
 
 
 def _from_channels(x: torch.Tensor, clients: int) -> torch.Tensor:
-    """[B, K C, ...] to [K, B, C, ...], a view."""
+    """[B, K C, ...] to [K, B, C, ...], a view; images' gradient comes back with the channels last, too."""
+    if x.requires_grad and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x.register_hook(_channels_last)
     return x.unflatten(1, (clients, -1)).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+def _channels_last(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def _between(vector: torch.Tensor, dims: int, place: int = -1) -> torch.Tensor:

@@ -20,6 +20,7 @@ from fedmp.cohort.chunk import ChunkTrainer, ChunkWork
 from fedmp.cohort.module import FlatLayout, StackedModule
 from fedmp.cohort.start import RoundStart
 from fedmp.errors import TrainingError
+from fedmp.pipeline import keep_freed
 
 __all__ = ["Cohort", "CohortResult", "CohortTraining"]
 
@@ -94,6 +95,7 @@ class CohortTraining:
         self._num_workers = workers
         self._every, self._is_remembered = work.accumulate_batches, work.is_remembered
         self._is_over = threading.Event()
+        keep_freed()
         self._free: queue.SimpleQueue[ChunkTrainer] = queue.SimpleQueue()
         num_buffers = work.optimizer.num_buffers if work.optimizer else 0
         for _ in range(workers):

@@ -42,7 +42,7 @@ from fedmp.updates import trained_names
 
 __all__ = ["ManyAtOnce", "deals_out_fragments", "is_mean_by_samples", "try_out", "why_one_by_one"]
 
-_CACHE_BYTES = 12 << 20  # of a chunk; two of them stay in a usual last-level cache
+_CACHE_BYTES = 16 << 20  # of a chunk; two of them stay in a usual last-level cache
 _LEAST_CHUNK = 4
 _TELL_S = 0.2
 

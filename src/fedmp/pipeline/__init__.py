@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedmp.pipeline.compression import Compression
-from fedmp.pipeline.heap import keep_near_plan
+from fedmp.pipeline.heap import keep_freed, keep_near_plan
 from fedmp.pipeline.microbatches import BatchResult, MicroBatches, microbatch_sizes
 from fedmp.pipeline.options import Pace, RunnerOptions
 from fedmp.pipeline.runner import DeviceRunner
@@ -33,6 +33,7 @@ __all__ = [
     "Transport",
     "host_rendezvous",
     "join_rendezvous",
+    "keep_freed",
     "keep_near_plan",
     "microbatch_sizes",
 ]
