@@ -56,6 +56,25 @@ def test_only_those_are_asked_who_are_there() -> None:
     assert len(s.Available().select(CLIENTS, 3, round=1, seed=0, facts=nobody)) == 3
 
 
+def test_a_cohort_has_the_minimum_even_where_fewer_are_there() -> None:
+    there = ("c1", "c4", "c5")
+    facts = {name: ClientFacts(is_available=name in there) for name in CLIENTS}
+    for least, size in ((1, 3), (3, 3), (5, 5), (len(CLIENTS), len(CLIENTS))):
+        strategy = FedAvg(min_clients=least, selection=s.Available())
+        cohort = strategy.cohort(CLIENTS, round=2, seed=0, facts=facts)
+        assert set(there) <= set(cohort), "those who are there come first"
+        assert cohort == tuple(name for name in CLIENTS if name in cohort)
+        assert len(cohort) == size
+    assert (
+        len(
+            FedAvg(min_clients=5, selection=s.Available()).cohort(
+                CLIENTS, round=2, seed=0, size=2, facts=facts
+            )
+        )
+        == 2
+    )
+
+
 def test_a_simulated_job_knows_who_is_away_by_its_clock(tmp_path: Path) -> None:
     strategy = FedAvg(fraction=0.5, local_steps=1, selection=s.Available())
     away = {name: ClientFacts(is_available=False) for name in ("c0", "c1", "c2", "c3")}
