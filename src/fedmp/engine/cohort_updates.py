@@ -121,7 +121,10 @@ class _Own(Mapping[str, torch.Tensor]):
 def _reports(
     cohort: Sequence[ClientSetup], counts: Sequence[Counts], result: CohortResult
 ) -> list[DeviceReport]:
-    """What each client reports. Checked values of this process's own: a hundred of them need no second check."""
+    """What each client reports. Checked values of this process's own: a hundred of them need no second check.
+
+    All fields are given, since looking up what one is without being given takes longer than the rest.
+    """
     sums = torch.stack([result.loss_sums, result.weights, result.num_correct, result.rate_sums], 1).tolist()
     reports = []
     for one, count, (loss, weight, correct, rates), evaluation in zip(
@@ -140,6 +143,10 @@ def _reports(
                 evaluation_weight=evaluation[1],
                 evaluation_correct=evaluation[2],
                 pipeline_bytes=one.pipeline_bytes(count.examples),
+                train_s=0.0,
+                timeline=(),
+                generation="",
+                forgotten=(),
             )
         )
     return reports

@@ -1,7 +1,8 @@
 """All clients of a job, each set up when it is asked for.
 
 Clients that are alike share a description and a plan, and all share one tensor of row numbers, so that a population
-of 100,000 is 100,000 row ranges and a few plans. A client's own record is made when it is asked for, and not kept.
+of 100,000 is 100,000 row ranges and a few plans. A client's own record is made when it is asked for,
+and only those asked for last are kept.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TypeVar
 
 from fedmp.data import Dataset, Rows
@@ -19,6 +21,8 @@ from fedmp.topology import Client, ClientList
 __all__ = ["MANY_CLIENTS", "Population", "Told", "set_up_groups"]
 
 MANY_CLIENTS = 500  # of more, reports tell of kinds of clients instead of each
+
+_REMEMBERED = 4096  # clients that were asked for last, of a kB or two each
 
 T = TypeVar("T")
 
@@ -36,22 +40,10 @@ class Population(Mapping[str, ClientSetup]):
     def __init__(self, clients: ClientList, setups: Sequence[ClientSetup], data: Dataset, rows: Rows) -> None:
         self._clients, self._setups, self._data, self._rows = clients, setups, data, rows
         self._examples: dict[tuple[int, int], int] = {}
-        self._made: dict[str, ClientSetup] = {}
+        self._remembered = lru_cache(maxsize=_REMEMBERED)(self._make)
 
     def __getitem__(self, name: str) -> ClientSetup:
-        if name in self._made:
-            return self._made[name]
-        place = self.place(name)
-        setup = replace(
-            self._setup(place),
-            client=self._clients[place],
-            data=self._data,
-            rows=self._rows[place],
-            num_samples=self._rows.size(place),
-        )
-        if len(self) <= MANY_CLIENTS:
-            self._made[name] = setup
-        return setup
+        return self._remembered(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._clients.names)
@@ -106,6 +98,16 @@ class Population(Mapping[str, ClientSetup]):
         return {
             f"{setup.name} (and {counts[kind] - 1} like it)": setup.plan for kind, setup in firsts.items()
         }
+
+    def _make(self, name: str) -> ClientSetup:
+        place = self.place(name)
+        return replace(
+            self._setup(place),
+            client=self._clients[place],
+            data=self._data,
+            rows=self._rows[place],
+            num_samples=self._rows.size(place),
+        )
 
     def _setup(self, place: int) -> ClientSetup:
         """Of a client that is like the one at this place."""
