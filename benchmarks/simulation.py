@@ -9,9 +9,9 @@ Every contender runs in processes of its own with the same arrays, the same spli
 seed; pfl and the loop also in two processes, Flower with as many actors as there are cores. The rivals have
 environments that this script makes where they are absent. Reported: the median seconds of a round after the
 first fifth, start to finish, seconds from the command to the first round, the largest proportional set size of all
-processes of a contender, and accuracy: for W3, where it goes up and down, the mean of the last 20 rounds. fedmp tests
-after every round, and its rounds' seconds include that; the others test only where it is needed, and W4, which ends
-when its accuracy is reached, is tested after every round by all.
+processes of a contender, and accuracy: for W3, where it goes up and down, the mean of every fifth of the last 20
+rounds. All test only where it is needed, but for fedmp on W3, which tests in every fifth round; W4, which ends when
+its accuracy is reached, is tested after every round by all.
 
 Run it on an otherwise idle machine.
 """
