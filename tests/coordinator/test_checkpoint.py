@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 
 import fedmp.coordinator.checkpoint as module
-from fedmp.coordinator import Checkpoint, CheckpointStore
+from fedmp.coordinator import Checkpoint, CheckpointStore, Standing
 from fedmp.errors import ResumeError
 from fedmp.records import RoundRecord
 
@@ -29,6 +30,7 @@ def checkpoint(round: int) -> Checkpoint:
         optimizer_values={"w/amsgrad": False},
         optimizer="Adam",
         record=RoundRecord(round=max(round, 1), clients=("a",), num_examples=3, train_loss=float("nan")),
+        roster={"a": Standing("00001", 0.1 * round), "b": Standing("00001-x"), "c": Standing("", 2)},
     )
 
 
@@ -42,6 +44,8 @@ def assert_equal(read: Checkpoint, written: Checkpoint) -> None:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert read.optimizer_values == written.optimizer_values
+    assert read.roster == written.roster
+    assert all(isinstance(standing, Standing) for standing in read.roster.values())
     assert repr(read.record) == repr(written.record)  # repr, as NaN does not equal itself
 
 
@@ -121,6 +125,15 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: str) -
     else:
         path.write_bytes(b"[1, 2]")
     with pytest.raises(ResumeError, match=r"checkpoint .*round-00003 cannot be read"):
+        CheckpointStore(tmp_path).latest()
+
+
+@pytest.mark.parametrize("standing", [{"state": "00001"}, ["00001"], [1, 2.0], ["00001", "low"], None])
+def test_a_checkpoint_with_a_standing_that_is_none_is_refused(tmp_path: Path, standing: object) -> None:
+    CheckpointStore(tmp_path).save(checkpoint(3))
+    path = tmp_path / "round-00003" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "roster": {"a": standing}}))
+    with pytest.raises(ResumeError, match="no client's state and loss"):
         CheckpointStore(tmp_path).latest()
 
 

@@ -93,10 +93,10 @@ class CheckpointStore:
             "optimizer_values": dict(checkpoint.optimizer_values),
             "optimizer": checkpoint.optimizer,
             "record": checkpoint.record.model_dump() if checkpoint.record else None,
-            "roster": {client: standing.model_dump() for client, standing in checkpoint.roster.items()},
+            "roster": dict(checkpoint.roster),
             "tensors": {name: list(tensor.shape) for name, tensor in checkpoint.state.items()},
         }
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (part / "manifest.json").write_text(json.dumps(manifest))  # an indent would take three times as long
         for path in (*part.iterdir(), part):
             flush(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -127,8 +127,7 @@ class CheckpointStore:
                 record=manifest["record"] and RoundRecord.model_validate(manifest["record"]),
                 slots=load_file(slots) if (slots := path / "slots.safetensors").exists() else {},
                 roster={
-                    client: Standing.model_validate(standing)
-                    for client, standing in manifest["roster"].items()
+                    client: Standing.of_json(standing) for client, standing in manifest["roster"].items()
                 },
             )
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:

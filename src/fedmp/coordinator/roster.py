@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-
-from pydantic import BaseModel, ConfigDict
+from typing import NamedTuple
 
 from fedmp.coordinator.clients import ClientUpdate
 from fedmp.records import state_key
 from fedmp.strategy import ClientFacts
 
-__all__ = ["Roster", "Standing", "after_round", "facts_of"]
+__all__ = ["Roster", "Standing", "after_round", "facts_of", "states_of"]
 
 
-class Standing(BaseModel):
-    """A client as its last update that counted left it.
+class Standing(NamedTuple):
+    """A client as its last update that counted left it; small, since there may be one of each of 100,000 clients.
 
     Attributes:
         state: names what the client kept of it, from which it starts its next round; see `state_key`.
         loss: mean loss that it reported.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     state: str
     loss: float | None = None
+
+    @classmethod
+    def of_json(cls, value: object) -> Standing:
+        """A standing that was written as a list.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        match value:
+            case [str(state), float() | int() | None as loss]:
+                return cls(state, loss)
+        raise ValueError(f"{value!r:.80} is no client's state and loss")
 
 
 Roster = Mapping[str, Standing]
@@ -37,11 +46,33 @@ def after_round(roster: Roster, updates: Sequence[ClientUpdate]) -> dict[str, St
         roster: before it.
         updates: those that counted.
     """
-    standings = {
-        update.client: Standing(state=state_key(update.round, update.reports[0].generation), loss=update.loss)
-        for update in updates
-    }
+    keys: dict[tuple[int, str], str] = {}  # most clients' are the same: one string for all of them
+    standings = {}
+    for update in updates:
+        begun = update.round, update.reports[0].generation
+        standings[update.client] = Standing(keys.setdefault(begun, state_key(*begun)), update.loss)
     return {**roster, **standings}
+
+
+def states_of(roster: Roster) -> Mapping[str, str]:
+    """The state of each client that has one."""
+    return _States(roster)
+
+
+class _States(Mapping[str, str]):
+    """States told when asked for: a round asks for its cohort's alone."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+
+    def __getitem__(self, client: str) -> str:
+        return self._roster[client].state
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roster)
+
+    def __len__(self) -> int:
+        return len(self._roster)
 
 
 def facts_of(

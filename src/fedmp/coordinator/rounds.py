@@ -13,7 +13,7 @@ from fedmp.aggregate.aggregator import enough_clients, refusal
 from fedmp.coordinator.checkpoint import Checkpoint, CheckpointStore
 from fedmp.coordinator.clients import Clients, ClientUpdate, Opening, Trained
 from fedmp.coordinator.global_model import GlobalModel
-from fedmp.coordinator.roster import Roster, after_round, facts_of
+from fedmp.coordinator.roster import Roster, after_round, facts_of, states_of
 from fedmp.errors import RoundError
 from fedmp.records import DeviceReport, Observer, RoundFinished, RoundRecord, RoundStarted
 from fedmp.seeds import derive_seed
@@ -138,8 +138,9 @@ def _open(
         len(spare), generator=torch.Generator().manual_seed(derive_seed(settings.seed, "spare", round))
     )
     closing = closing.among(len(cohort) + len(late) + len(spare))
-    states = {client: standing.state for client, standing in roster.items()}
-    return Opening(round, cohort, closing, late, tuple(spare[index] for index in order.tolist()), states)
+    return Opening(
+        round, cohort, closing, late, tuple(spare[index] for index in order.tolist()), states_of(roster)
+    )
 
 
 def _check_size(opening: Opening, aggregator: Aggregator, *, wanted: int) -> None:
