@@ -215,6 +215,17 @@ def test_a_model_that_cannot_be_stacked_is_trained_one_after_another_and_the_use
     assert any(why in event.message for event in events if isinstance(event, Note))
 
 
+def test_an_optimizer_that_cannot_be_stacked_changes_the_order_of_sums_alone(tmp_path: Path) -> None:
+    job = ragged_job(optimizer=partial(torch.optim.RMSprop, lr=0.001), num_microbatches=3)
+    result = run(job, tmp_path / "auto", SimulateEngine())
+    as_devices = run(job, tmp_path / "alone", SimulateEngine(cohort="sequential"))
+    assert_same(weights(result), weights(as_devices), rtol=1e-7, atol=1e-9)
+    assert not torch.equal(
+        torch.cat([t.flatten() for t in weights(result).values()]),
+        torch.cat([t.flatten() for t in weights(as_devices).values()]),
+    ), "batches were cut, which takes longer"
+
+
 def test_asking_for_what_cannot_be_done_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="values"):
         run(ragged_job(model=Branching), tmp_path / "run", SimulateEngine(cohort="vectorized"))

@@ -8,7 +8,7 @@ from fedmp.cohort.chunk import ChunkWork
 from fedmp.cohort.module import FlatLayout, flat_layout, own_statistics
 from fedmp.cohort.objective import Objective
 from fedmp.cohort.optimizers import FlatOptimizer, flat_optimizer
-from fedmp.cohort.probe import Probe, probe
+from fedmp.cohort.probe import Probe, cutting_matters, probe
 from fedmp.cohort.registry import CannotStackError, batched_rule
 from fedmp.cohort.stacked import Stacked
 from fedmp.cohort.start import RoundStart
@@ -28,6 +28,7 @@ __all__ = [
     "RoundStart",
     "Stacked",
     "batched_rule",
+    "cutting_matters",
     "flat_layout",
     "flat_optimizer",
     "own_statistics",

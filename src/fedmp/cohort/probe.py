@@ -19,7 +19,7 @@ from fedmp.cohort.objective import Objective
 from fedmp.cohort.registry import CannotStackError
 from fedmp.tasks import Task
 
-__all__ = ["Probe", "probe"]
+__all__ = ["Probe", "cutting_matters", "probe"]
 
 _TOLERANCE = 1e-3  # of the largest entry; sums in another order differ by 1e-6, another formula by far more
 
@@ -81,6 +81,33 @@ def probe(
     finally:
         torch.set_rng_state(state)
     return Probe(mixes_samples=mixes, activation_bytes=kept.num_bytes // 2)
+
+
+def cutting_matters(model: nn.Module, task: Task, inputs: torch.Tensor, targets: torch.Tensor) -> bool:
+    """Whether a batch's gradient depends on how the batch is cut into micro-batches.
+
+    It does where samples of a batch influence each other (batch norm), and where random numbers are drawn (dropout).
+
+    Args:
+        model: one client's; it is not changed.
+        task: the loss.
+        inputs, targets: a batch; whether cutting one of fewer than four samples matters is not known.
+    """
+    if len(inputs) < 4:
+        return True
+    state = torch.get_rng_state()
+    try:
+        whole = _alone(copy.deepcopy(model).train(), task, inputs, targets)
+        if not torch.equal(state, torch.get_rng_state()):
+            return True
+        half, total = len(inputs) // 2, task.weight(targets)
+        parts = torch.zeros_like(whole)
+        for part in (slice(0, half), slice(half, None)):
+            own = _alone(copy.deepcopy(model).train(), task, inputs[part], targets[part])
+            parts += own * (task.weight(targets[part]) / total)
+        return not _is_close(parts, whole)
+    finally:
+        torch.set_rng_state(state)
 
 
 def _alone(model: nn.Module, task: Task, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

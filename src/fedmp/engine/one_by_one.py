@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedmp.client import LocalRound, StateStore
+from fedmp.cohort import cutting_matters
 from fedmp.coordinator import ClientUpdate
 from fedmp.engine.session import Session
 from fedmp.engine.setup import ClientSetup
@@ -18,15 +22,20 @@ from fedmp.stages import Stage
 
 __all__ = ["OneByOne"]
 
+# of a micro-batch's forward: with less to do, threads that share each operation wait longer than they work
+_SMALL_FLOPS = 5e7
+
 
 class OneByOne:
     """Trains one client after another, with the code that a client with a single device runs.
 
     Args:
         session: the job under way; told of every step.
+        is_exact: do as devices do in everything; otherwise a batch is not cut into micro-batches where that only
+            changes the order in which floats are added.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, is_exact: bool = True) -> None:
         self._session = session
         self._prepared = session.prepared
         self._stage = Stage(session.prepared.whole_stage()).materialize("cpu")
@@ -35,6 +44,14 @@ class OneByOne:
         )
         self._runner = StageRunner(self._stage, session.prepared.job.task, options=options)
         self._store = StateStore(session.state_folder, is_durable=False)
+        job, model = session.prepared.job, session.prepared.model
+        first = next(iter(session.prepared.clients.values())).own_samples
+        inputs, targets = first.batch(range(min(len(first), job.batch_size)))
+        is_cut = is_exact or job.pipeline.autocast is not None
+        is_cut = is_cut or cutting_matters(model, job.task, inputs[:8], targets[:8])
+        self._num_microbatches = job.num_microbatches if is_cut else 1
+        samples = -(-len(inputs) // self._num_microbatches)
+        self._is_small = _flops(model, inputs[:samples]) < _SMALL_FLOPS
 
     def train(
         self,
@@ -50,13 +67,14 @@ class OneByOne:
         Raises:
             TrainingError: a client's loss is not finite.
         """
-        return [self._train(setup, round, handed_out, states.get(setup.name, "")) for setup in cohort]
+        with _one_thread() if self._is_small else nullcontext():
+            return [self._train(setup, round, handed_out, states.get(setup.name, "")) for setup in cohort]
 
     def _train(
         self, setup: ClientSetup, round: int, handed_out: Mapping[str, torch.Tensor], base: str
     ) -> ClientUpdate:
         # one stage takes any schedule of one stage a device; gradients are the same under all
-        work = replace(setup.work, schedule=OneFOneB(warmup="short"))
+        work = replace(setup.work, schedule=OneFOneB(warmup="short"), num_microbatches=self._num_microbatches)
         local = LocalRound(
             self._runner,
             work,
@@ -76,3 +94,20 @@ class OneByOne:
         self._store.save(setup.name, state_key(round), "all", result.state, base=base)
         report = result.report.model_copy(update={"pipeline_bytes": setup.pipeline_bytes(num_samples)})
         return ClientUpdate(setup.name, round, result.update, (report,))
+
+
+def _flops(model: torch.nn.Module, inputs: torch.Tensor) -> float:
+    """Operations of a forward, as far as they are products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).eval()(inputs)
+    return float(counter.get_total_flops())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

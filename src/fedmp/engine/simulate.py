@@ -89,7 +89,7 @@ class SimulateEngine(Component):
             found = session.prepared.probe
             why = found.refusal if found else "as asked"
             session.observe(Note(f"clients are trained one after another: {why}"))
-            clients = SimulatedClients(session, _with_ranks(session, OneByOne(session)))
+            clients = SimulatedClients(session, _with_ranks(session, self._one_by_one(session)))
             startup_s = time.monotonic() - session.started_s
             return Outcome(run_session(session, round_settings(session), clients), startup_s)
         trainer = ManyAtOnce(session, chunk=self.chunk, workers=self.workers)
@@ -109,6 +109,9 @@ class SimulateEngine(Component):
         finally:
             trainer.close()
 
+    def _one_by_one(self, session: Session) -> OneByOne:
+        return OneByOne(session, is_exact=self.cohort == "sequential")
+
     def follow(self, session: Session) -> Message:
         """Train what rank 0 tells, until the job is over; for the other ranks.
 
@@ -121,7 +124,7 @@ class SimulateEngine(Component):
         ranks, clients = session.ranks, session.prepared.clients
         assert ranks is not None
         if not _is_at_once(session.prepared):
-            return serve(ranks, OneByOne(session), clients)
+            return serve(ranks, self._one_by_one(session), clients)
         trainer = ManyAtOnce(session, chunk=self.chunk, workers=self.workers)
         try:
             return serve(ranks, trainer, clients)
