@@ -150,15 +150,12 @@ def _check_size(opening: Opening, aggregator: Aggregator, *, wanted: int) -> Non
     if error is None:
         return
     enough = enough_clients(aggregator, wanted=wanted)
-    least = (
-        ""
-        if enough is None
-        else f", with strategy.min_clients={enough} (a round then waits for clients that are away)"
-    )
+    waits = "rounds then wait for clients that are away"
+    remedy = f", with strategy.min_clients={enough} ({waits})" if enough else ""
     raise RoundError(
-        f"round {opening.round} would begin with {opening.num_clients} clients where {wanted} are wanted: the others "
-        f"are away, or strategy.effort leaves them out. {error}. Nobody has trained for it, and what was committed is "
-        f"safe: resume the run when more are there{least}, or with another effort or aggregator"
+        f"round {opening.round} would begin with {opening.num_clients} of the {wanted} clients that it wants: the "
+        f"others are away, or strategy.effort leaves them out. {error}. Nobody has trained for it, and what was "
+        f"committed is safe: resume the run when more are there{remedy}, or with another effort or aggregator"
     ) from error
 
 
