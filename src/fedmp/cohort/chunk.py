@@ -6,6 +6,7 @@ Shape letters: K clients, P trained parameters, B samples of a batch, S batches.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fedmp.strategy import LocalRule
 __all__ = ["ChunkResult", "ChunkTrainer", "ChunkWork"]
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+_DRAWN_AT_ONCE = 1 << 16  # targets
 _LOOK_EVERY = 32  # steps between two looks whether to go on: a round may have a million
 
 
@@ -119,13 +121,14 @@ class ChunkTrainer:
         rates = torch.zeros(clients, dtype=torch.float64)
         rate_weights = RateSum(work.optimizer.settings if work.optimizer else {})
         every = work.accumulate_batches
+        targets = _Targets(work, batches)
         for step, first in enumerate(range(0, longest, every)):
             active = batches.num_active(first)
             group = range(first, min(first + every, longest))
             if every > 1:
                 self.module.gradients[:active].zero_()
             self.module.begin_step(is_cleared=every > 1)
-            drawn = [self._draw(batches, batch) for batch in group]
+            drawn = [self._draw(batches, targets, batch) for batch in group]
             total = None
             if every > 1:
                 total = torch.zeros(active, dtype=torch.float64)
@@ -137,8 +140,8 @@ class ChunkTrainer:
                 shares = _shares(passes, clients) if total is None else total
                 for one in passes:
                     span = slice(one.first, one.stop)
-                    losses[batch, span] += self._add_gradients(one, shares[span], correct[batch, span])
-                    weights[batch, span] += one.weights
+                    losses[batch, span].add_(self._add_gradients(one, shares[span], correct[batch, span]))
+                    weights[batch, span].add_(one.weights)
                     ranges.append((one.first, one.stop))
             if work.optimizer is not None:
                 lr = self._rate(batches, step, active, round)
@@ -151,21 +154,17 @@ class ChunkTrainer:
                     break
         return ChunkResult(losses.sum(0), weights.sum(0), correct.sum(0), rates, losses)
 
-    def _draw(self, batches: ChunkBatches, batch: int) -> list[_Pass]:
+    def _draw(self, batches: ChunkBatches, targets: _Targets, batch: int) -> list[_Pass]:
         """The passes through the model that one batch takes."""
         work, active = self._work, batches.num_active(batch)
         rows, sizes = batches.rows[batch], batches.sizes[batch]
         passes = []
         for first, stop in _runs(sizes, active, work.pads):
-            own = sizes[first:stop]
-            for begin, width in _cuts(max(own), work.num_microbatches):
-                picked = rows[first:stop, begin : begin + width].reshape(-1)
-                shape = (stop - first, width)
-                inputs = work.dataset.input_batch(picked).unflatten(0, shape)
-                targets = work.dataset.target_batch(picked).unflatten(0, shape)
-                if work.pads and min(own) < width:
-                    targets = work.objective.pad(targets, own)
-                passes.append(_Pass(first, stop, inputs, targets, work.objective.weights(targets)))
+            for begin, width in _cuts(max(sizes[first:stop]), work.num_microbatches):
+                span = slice(begin, begin + width)
+                picked = rows[first:stop, span].reshape(-1)
+                inputs = work.dataset.input_batch(picked).unflatten(0, (stop - first, width))
+                passes.append(_Pass(first, stop, inputs, *targets.of(batch, slice(first, stop), span)))
         return passes
 
     def _add_gradients(self, one: _Pass, total: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
@@ -249,6 +248,43 @@ class _Pass:
     weights: torch.Tensor
 
 
+class _Targets:
+    """The targets of a chunk's batches and their weights, drawn for several batches at once.
+
+    Threads wait for each other between operations, so a few large ones are faster than many small ones.
+
+    Args:
+        work: what the clients do.
+        batches: of the round.
+    """
+
+    def __init__(self, work: ChunkWork, batches: ChunkBatches) -> None:
+        self._work, self._batches = work, batches
+        self._first = self._stop = 0
+
+    def of(self, batch: int, clients: slice, samples: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """[K, B, ...] targets of some clients' samples of a batch, and their [K] weights."""
+        if not self._first <= batch < self._stop:
+            self._draw(batch)
+        targets = self._targets[batch - self._first, clients, samples]
+        if not self._work.pads:  # some of the samples only, perhaps
+            return targets, self._work.objective.weights(targets)
+        return targets, self._weights[batch - self._first, clients]
+
+    def _draw(self, first: int) -> None:
+        """Of the batches from this one on."""
+        work, (longest, *shape) = self._work, self._batches.rows.shape
+        per_batch = work.dataset.target_batch(self._batches.rows[first, :1, 0]).numel() * math.prod(shape)
+        self._first, self._stop = first, min(longest, first + max(1, _DRAWN_AT_ONCE // per_batch))
+        rows = self._batches.rows[self._first : self._stop]
+        targets = work.dataset.target_batch(rows.reshape(-1)).unflatten(0, (-1, rows.shape[2]))
+        if work.pads:
+            sizes = torch.tensor(self._batches.sizes[self._first : self._stop]).view(-1)
+            targets = work.objective.pad(targets, sizes)
+            self._weights = work.objective.weights(targets).view(rows.shape[:2])
+        self._targets = targets.unflatten(0, rows.shape[:2])
+
+
 def _runs(sizes: Sequence[int], active: int, pads: bool) -> list[tuple[int, int]]:
     """Neighbouring clients that can run together: all, or those with equally large batches."""
     if pads:
@@ -271,7 +307,9 @@ def _cuts(size: int, num_microbatches: int) -> list[tuple[int, int]]:
 
 
 def _shares(passes: Sequence[_Pass], clients: int) -> torch.Tensor:
-    """[K] weights of a whole batch."""
+    """[K] weights of a whole batch, of the clients that have one."""
+    if len(passes) == 1:
+        return passes[0].weights
     total = torch.zeros(clients, dtype=torch.float64)
     for one in passes:
         total[one.first : one.stop] += one.weights

@@ -5,7 +5,6 @@ Shape letters: K clients, B samples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,11 +30,10 @@ class Objective:
         self.task = task
         self.takes_padding = type(task) is CrossEntropy
 
-    def pad(self, targets: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    def pad(self, targets: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         """Say of all but the first `sizes[k]` samples of client k, [K, B, ...], that they do not count."""
         assert isinstance(self.task, CrossEntropy)
-        counts = torch.tensor(sizes).unsqueeze(1)
-        is_padding = torch.arange(targets.shape[1]) >= counts
+        is_padding = torch.arange(targets.shape[1]) >= sizes.unsqueeze(1)
         targets[is_padding] = self.task.ignore_index
         return targets
 
@@ -61,7 +59,7 @@ class Objective:
 
         One scalar is differentiated, because torch imports sympy to check a gradient that it is given.
         """
-        (sums * (1 / totals).to(sums.dtype)).sum().backward()
+        (sums / totals.to(sums.dtype)).sum().backward()
 
     def num_correct(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
         """[K] correct predictions."""
@@ -69,7 +67,9 @@ class Objective:
         if not task.has_accuracy:
             return torch.zeros(len(targets), dtype=torch.float64)
         if isinstance(task, CrossEntropy) and self.takes_padding:
-            hits = (unstack(output).detach().argmax(-1) == targets) & (targets != task.ignore_index)
+            hits = unstack(output).detach().argmax(-1) == targets
+            if task.ignore_index >= 0:  # which is no class, otherwise
+                hits &= targets != task.ignore_index
             return hits.flatten(1).sum(1).double()
         return torch.tensor(
             [task.num_correct(_of(output, k), own) for k, own in enumerate(targets)], dtype=torch.float64

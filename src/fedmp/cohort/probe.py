@@ -138,7 +138,7 @@ def _stacked(
         rows = torch.cat([rows, rows[:, :1].flip(0).expand(2, padding)], dim=1)
     x, y = inputs[rows.flatten()].unflatten(0, rows.shape), targets[rows.flatten()].unflatten(0, rows.shape)
     if padding:
-        y = objective.pad(y, [len(inputs)] * 2)
+        y = objective.pad(y, torch.tensor([len(inputs)] * 2))
     sums = objective.loss_sums(module.run(x, 0, 2), y)
     module.begin_step(is_cleared=False)
     objective.go_back(sums, objective.weights(y))
