@@ -15,7 +15,7 @@ from fedmp.aggregate import Krum, MultiKrum
 from fedmp.clock import Clock, Hours
 from fedmp.errors import RoundError
 from fedmp.records import Event, Progress
-from fedmp.strategy import Available, Factors, FedAvg
+from fedmp.strategy import Available, Factors, FedAvg, FedBuff
 from tests.support.jobs import TINY_MLP, assert_same, images, run, sgd, topology, weights
 
 # each is there for half of the day, from a moment on that is its own
@@ -52,15 +52,12 @@ def test_a_round_that_is_too_small_for_its_aggregator_ends_before_anyone_trains(
     assert not [event for event in seen if isinstance(event, Progress)]
 
 
-def test_with_the_minimum_that_it_is_told_to_set_the_run_goes_on_and_waits_for_clients_that_are_away(
+def test_with_the_minimum_that_it_is_told_to_set_a_round_waits_for_clients_that_are_away(
     tmp_path: Path,
 ) -> None:
-    clock = Clock(availability=HOURS)
-    job = replace(JOB, clock=clock, strategy=AWAY, aggregator=MultiKrum(num_byzantine=1))
-    with pytest.raises(RoundError):
-        run(job, tmp_path / "run")
-    strategy = AWAY.model_copy(update={"min_clients": 5})
-    (record,) = run(replace(job, strategy=strategy), tmp_path / "run", resume=True).history
+    clock, strategy = Clock(availability=HOURS), AWAY.model_copy(update={"min_clients": 5})
+    job = replace(JOB, clock=clock, strategy=strategy, aggregator=MultiKrum(num_byzantine=1))
+    (record,) = run(job, tmp_path / "run").history
     assert len(record.clients) == 5
     assert there(clock) <= set(record.clients)
     assert record.simulated_s > 3600, "the others come later in the day"
@@ -72,6 +69,22 @@ def test_a_round_that_is_large_enough_begins_with_those_who_are_there(tmp_path: 
         job = replace(JOB, clock=clock, strategy=strategy)
         (record,) = run(job, tmp_path / repr(strategy.min_clients)).history
         assert set(record.clients) == there(clock)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "clock"),
+    [
+        (FedAvg(local_steps=1, min_clients=5), Clock(dropout_probability=0.2)),
+        (FedAvg(local_steps=1, min_clients=5, deadline_s=1e-9, late="stale"), Clock(compute_sigma=0.5)),
+        (FedBuff(local_steps=1, buffer_size=5, concurrency=3), Clock(compute_sigma=0.5)),
+    ],
+    ids=["lost", "deadline", "buffer"],
+)
+def test_rounds_that_close_early_are_never_too_small(strategy: FedAvg, clock: Clock, tmp_path: Path) -> None:
+    job = replace(JOB, topology=topology(*[1] * 8), clock=clock, strategy=strategy, rounds=2)
+    result = run(replace(job, aggregator=Krum(num_byzantine=1)), tmp_path / "run")
+    sizes = [len(record.clients) for record in result.history]
+    assert all(5 <= size < 8 for size in sizes), sizes
 
 
 @pytest.mark.parametrize("engine", ["simulate", pytest.param("local", marks=pytest.mark.slow)])
