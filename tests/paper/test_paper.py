@@ -156,6 +156,21 @@ def test_paper_needs_a_centralized_side_and_devices_that_exist(tmp_path: Path) -
         run_paper(job, lost, tmp_path, make_view=lambda: pytest.fail("nothing runs"))
 
 
+def test_paper_is_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ConfigError, match="runs in one process, but this is rank 1 of 2; start it without torchrun"
+    ):
+        run_paper(
+            workload().job,
+            PaperSettings(center=center(2)),
+            tmp_path,
+            make_view=lambda: pytest.fail("nothing runs"),
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_writes_the_table_the_curves_and_both_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from fedmp.clock import DeviceWork
 from fedmp.cohort import Probe
 from fedmp.data import Dataset, Rows, TrainTest, describe
 from fedmp.engine.attacked import poisoned
+from fedmp.engine.fit import check_fit
 from fedmp.engine.job import Job
 from fedmp.engine.population import MANY_CLIENTS, Population, set_up_groups
 from fedmp.engine.setup import ClientSetup, Piece, received_names, shared_names
@@ -137,9 +138,13 @@ def prepare(job: Job) -> Prepared:
     """Load and split the data, build and trace the model, plan every client.
 
     Raises:
+        ConfigError: the model does not fit the data.
         DataError, TraceError, PlanError: as named.
     """
-    return plan_split(job, *load_and_split(job))
+    data, rows = load_and_split(job)
+    model = build_model(job)
+    check_fit(model, job.task, data.train, rows[0])
+    return plan_split(job, model, data, rows)
 
 
 def load_and_split(job: Job) -> tuple[TrainTest, Rows]:
@@ -154,13 +159,13 @@ def load_and_split(job: Job) -> tuple[TrainTest, Rows]:
     return replace(data, train=poisoned(job.attack, data.train, rows, names, seed=job.seed)), rows
 
 
-def plan_split(job: Job, data: TrainTest, rows: Rows) -> Prepared:
-    """Build and trace the model and plan every client, whose samples are known.
+def plan_split(job: Job, model: nn.Module, data: TrainTest, rows: Rows) -> Prepared:
+    """Trace the model and plan every client, whose samples are known.
 
     Raises:
         TraceError, PlanError: as named.
     """
-    planned = _plan_clients(job, data)
+    planned = _plan_clients(job, model, data)
     clients = Population(job.topology.clients, planned.setups, data.train, rows)
     return replace(planned.prepared, clients=clients, table=who_has_what(clients, data.train, rows))
 
@@ -181,7 +186,7 @@ def prepare_without_clients_data(job: Job) -> Prepared:
         raise ConfigError(
             "attacks are simulated, not made on clients elsewhere; use engine=simulate or local"
         )
-    planned = _plan_clients(job, job.source().load())
+    planned = _plan_clients(job, build_model(job), job.source().load())
     everyone = job.topology.clients
     clients = {
         client.name: replace(planned.setups[everyone.group(place)], client=client)
@@ -313,8 +318,7 @@ class _Planned:
     setups: Sequence[ClientSetup]
 
 
-def _plan_clients(job: Job, data: TrainTest) -> _Planned:
-    model = build_model(job)
+def _plan_clients(job: Job, model: nn.Module, data: TrainTest) -> _Planned:
     example = example_input(data.train, job.batch_size)
     graph = trace_model(job, model, example)
     scope = scope_of(job, graph.state)

@@ -13,6 +13,7 @@ from fedmp.cohort import Probe
 from fedmp.component import Component
 from fedmp.engine.at_once import ManyAtOnce, deals_out_fragments, try_out, why_one_by_one
 from fedmp.engine.cohort_trainer import CohortTrainer
+from fedmp.engine.fit import check_fit
 from fedmp.engine.job import Job
 from fedmp.engine.one_by_one import OneByOne
 from fedmp.engine.paced import PacedCheckpoints
@@ -65,8 +66,9 @@ class SimulateEngine(Component):
                 "faults happen to device processes, which engine 'simulate' has none of; use engine=local"
             )
         data, rows = load_and_split(job)
-        reason = "as asked" if self.cohort == "sequential" else why_one_by_one(job)
         model = build_model(job)
+        check_fit(model, job.task, data.train, rows[0])
+        reason = "as asked" if self.cohort == "sequential" else why_one_by_one(job)
         reason = reason or deals_out_fragments(job, model)
         found = Probe(reason)
         if not reason:
@@ -77,7 +79,7 @@ class SimulateEngine(Component):
             )
         if needs_no_trace(job):
             return Untraced(job, model, data, rows, found)
-        return replace(plan_split(job, data, rows), probe=found)
+        return replace(plan_split(job, model, data, rows), probe=found)
 
     def run(self, session: Session) -> Outcome:
         """Run the rounds.
@@ -86,9 +88,8 @@ class SimulateEngine(Component):
             TrainingError: a client's loss is not finite.
         """
         if not _is_at_once(session.prepared):
-            found = session.prepared.probe
-            why = found.refusal if found else "as asked"
-            session.observe(Note(f"clients are trained one after another: {why}"))
+            assert session.prepared.probe is not None
+            session.observe(Note(f"clients are trained one after another: {session.prepared.probe.refusal}"))
             clients = SimulatedClients(session, _with_ranks(session, self._one_by_one(session)))
             startup_s = time.monotonic() - session.started_s
             return Outcome(run_session(session, round_settings(session), clients), startup_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedmp.graph.calls import Running, watch_calls, where_it_failed
 from fedmp.graph.cut_rules import CutRules, apply_cut_rules
 from fedmp.graph.layer_graph import Layer, LayerGraph, StateSpec
 from fedmp.graph.leaf import Chain
@@ -16,6 +17,7 @@ __all__ = [
     "CutRules",
     "Layer",
     "LayerGraph",
+    "Running",
     "StateSpec",
     "apply_cut_rules",
     "measure_flops_per_s",
@@ -23,4 +25,6 @@ __all__ = [
     "profile_whole",
     "state_specs",
     "trace",
+    "watch_calls",
+    "where_it_failed",
 ]

@@ -7,10 +7,8 @@ say exactly which batch sizes the graph is right for.
 
 from __future__ import annotations
 
-import contextlib
-import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from torch.utils._pytree import TreeSpec
 
 from fedmp.errors import TraceError
 from fedmp.graph.batch import batch_symbol, in_batch
+from fedmp.graph.calls import Running, watch_calls, where_it_failed
 from fedmp.graph.chance import DecideCertainBranches
 from fedmp.graph.flat import FlatForward, FlatInputs
 from fedmp.graph.leaf import LeafTracer
@@ -103,7 +102,7 @@ def _symbols(size: Any) -> set[Any]:
 def _export(
     model: nn.Module, inputs: FlatInputs, leaves: Mapping[str, nn.Module], dynamic: set[int]
 ) -> Exported:
-    executing: list[tuple[str, nn.Module]] = []
+    executing: Running = []
     errors: list[Exception] = []
     device = next((tensor.device for tensor in model.state_dict(keep_vars=True).values()), None)
     examples = tuple(_example(tensor, inputs.batch_size, device) for tensor in inputs.tensors)
@@ -116,7 +115,7 @@ def _export(
         try:
             with (
                 opaque.installed(),  # first: it copies the leaves, which must not carry the hooks below
-                _watch_calls(model, executing),
+                watch_calls(model, executing),
                 result.installed(),
                 DecideCertainBranches(),
                 traceable(model),
@@ -185,33 +184,11 @@ def _is_operators_own(guard: Any) -> bool:
     return "/torch/_" in getattr(place, "filename", str(place))
 
 
-@contextlib.contextmanager
-def _watch_calls(model: nn.Module, executing: list[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Keep the stack of modules whose forward is running, so that an error can be placed."""
-    handles = []
-    for name, module in model.named_modules():
-        entry = (name, module)
-        handles.append(module.register_forward_pre_hook(lambda *_, entry=entry: executing.append(entry)))
-        handles.append(module.register_forward_hook(lambda *_: executing.pop() and None))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _explain(model: nn.Module, executing: list[tuple[str, nn.Module]], error: Exception) -> str:
-    name, module = executing[-1] if executing else ("", model)
-    where = f"module {name!r} ({type(module).__name__})" if name else f"{type(model).__name__}.forward"
-    line = ""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if "/torch/" not in frame.filename and "/fedmp/graph/" not in frame.filename and frame.line:
-            line = f", at `{frame.line}` ({frame.filename}:{frame.lineno})"
-            break
-    reason = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+def _explain(model: nn.Module, executing: Running, error: Exception) -> str:
+    name = executing[-1][0] if executing else ""
     leaf = name or next((path for path, _ in model.named_children()), "")
     return (
-        f"cannot trace {type(model).__name__}: {where}{line}: {reason.strip()[:300]}. A traced forward is a "
+        f"cannot trace {type(model).__name__}: {where_it_failed(model, executing, error)}. A traced forward is a "
         f"fixed sequence of tensor operations: no branches on tensor values, no .item(), no NumPy. Ways out: "
         f"run that module as one opaque layer, leaves=({leaf!r},) of fedmp.partition and fedmp.Job, leaves=[{leaf}] "
         f"on the command line; or pass a chain of modules, fedmp.Chain(first, second, ...), where each is opaque"

@@ -61,9 +61,19 @@ def run_paper(
         The table, the curves, and where they are.
 
     Raises:
-        ConfigError: the job has no centralized training, or the folder holds results.
+        ConfigError: the job has no centralized training, the folder holds results, or this is one of several processes.
         FedmpError: a run fails.
     """
+    from fedmp.engine.ranks import (
+        place_in_environment,
+    )  # with torch.distributed, and every config imports this module
+
+    rank, num_ranks = place_in_environment()
+    if num_ranks > 1:
+        raise ConfigError(
+            f"the comparison of paper runs in one process, but this is rank {rank} of {num_ranks}; start it without "
+            f"torchrun or srun (`fedmp simulate` can be shared out over ranks)"
+        )
     # matplotlib takes as long as half of torch to import, and every config imports this module
     from fedmp.paper.pictures import draw_paper
 
