@@ -9,7 +9,7 @@ after it, since a backward runs through the graph the other way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,23 @@ from fedmp.graph.devices import module_on, on_device
 from fedmp.graph.layer_graph import ModeGraph, StateSpec, node_value
 from fedmp.graph.leaf_call import LeafCall
 
-__all__ = ["FLOPS_PER_BYTE", "CallCost", "estimate_calls", "shape_at"]
+__all__ = ["FLOPS_PER_BYTE", "FLOP_FORMULAS", "CallCost", "estimate_calls", "moves_nothing", "shape_at"]
 
 FLOPS_PER_BYTE = 8.0
 _CPU = torch.device("cpu")
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Of the products of queries [.., T, E] with keys [.., S, E], and with values [.., S, V]; a mask saves nothing."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+_attention_flops._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode then gives tensors, not shapes
+
+# torch counts the attention of every backend but the CPU's
+FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
+}
 
 
 @dataclass
@@ -61,6 +74,18 @@ def estimate_calls(mode: ModeGraph, state: Mapping[str, StateSpec], num_samples:
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         return _run(mode, state, num_samples)
+
+
+def moves_nothing(operation: Any, given: Any, result: Any) -> bool:
+    """Whether all tensors that an operation returns are, or are views of, what it was given, as it was.
+
+    Such are views, the items of a tuple, and a dropout at rate zero.
+    """
+    if isinstance(operation, torch._ops.OpOverload) and operation._schema.is_mutable:
+        return False
+    had = {leaf.untyped_storage() for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)}
+    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return all(leaf.untyped_storage() in had for leaf in made)
 
 
 def shape_at(value: torch.Tensor, mode: ModeGraph, num_samples: int) -> list[int]:
@@ -99,7 +124,8 @@ def _run(mode: ModeGraph, state: Mapping[str, StateSpec], num_samples: int) -> l
     costs: list[CallCost] = []
     gradients = _Gradients(mode)
     flops_before = 0
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, _same):
+    counter = FlopCounterMode(display=False, custom_mapping=dict(FLOP_FORMULAS))
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, _same):
         for index, node in enumerate(mode.nodes):
             cost = CallCost()
             args, kwargs = _arguments(node, bodies, values)
@@ -113,10 +139,10 @@ def _run(mode: ModeGraph, state: Mapping[str, StateSpec], num_samples: int) -> l
                 assert callable(node.target)
                 values[node] = node.target(*args, **kwargs)
             moved = sum(_tensor_bytes(leaf) for leaf in tree_leaves((args, kwargs, values[node])))
-            is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+            is_free = moves_nothing(node.target, (args, kwargs), values[node])
             counted = counter.get_total_flops() - flops_before
             flops_before = counter.get_total_flops()
-            cost.flops = max(cost.flops, counted, 0.0 if is_view else FLOPS_PER_BYTE * moved)
+            cost.flops = max(cost.flops, counted, 0.0 if is_free else FLOPS_PER_BYTE * moved)
             for leaf in tree_leaves(values[node]):
                 if isinstance(leaf, torch.Tensor):
                     makers.setdefault(leaf.untyped_storage(), node)

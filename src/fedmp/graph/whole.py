@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fedmp.graph.estimate import FLOPS_PER_BYTE
+from fedmp.graph.estimate import FLOP_FORMULAS, FLOPS_PER_BYTE, moves_nothing
 from fedmp.graph.profile import REFERENCE_FLOPS_PER_S, estimated_profile
 from fedmp.graph.specs import state_specs
 from fedmp.records import LayerProfile, Profile
@@ -93,10 +93,10 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and charge it."""
         result = func(*args, **(kwargs or {}))
-        if func.is_view:
+        if moves_nothing(func, (args, kwargs), result):
             return result
         leaves = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FLOP_FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         counted = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
         self.flops += max(counted, FLOPS_PER_BYTE * sum(map(_num_bytes, leaves)))
         passing = [leaf for leaf in leaves if leaf.untyped_storage().data_ptr() not in self._own]
