@@ -39,8 +39,7 @@ __all__ = [
     "cut_by",
     "example_input",
     "load_and_split",
-    "local_work",
-    "moved_bytes",
+    "named_in_errors",
     "part_of",
     "plan_anew",
     "plan_split",
@@ -50,6 +49,7 @@ __all__ = [
     "set_up_client",
     "trace_model",
     "who_has_what",
+    "with_plan",
 ]
 
 
@@ -231,9 +231,40 @@ def set_up_client(job: Job, graph: LayerGraph, model: nn.Module, client: Client)
     """
     plan = _plan(job, graph, model, client)
     blueprints = draw_blueprints(graph, plan.cuts, device=torch.device("cpu"))
-    work = local_work(job, plan, job.strategy.scope(graph.state))
-    moved = moved_bytes(job, graph.state, work, plan, blueprints)
-    return ClientSetup(client, plan, blueprints, moved, work, None, None)
+    return with_plan(job, graph.state, job.strategy.scope(graph.state), client, plan, blueprints)
+
+
+def with_plan(
+    job: Job,
+    specs: Mapping[str, StateSpec],
+    scope: Scope,
+    client: Client,
+    plan: Plan,
+    pieces: Sequence[Piece],
+) -> ClientSetup:
+    """A client whose data are not known yet, ready to train by its plan.
+
+    Args:
+        job: of the client.
+        specs: of the model's tensors.
+        scope: what of the model travels.
+        client, plan: the client, and how the model is cut over its devices.
+        pieces: what each stage holds.
+
+    Raises:
+        PlanError: the plan's placement is not its schedule's.
+    """
+    work = local_work(job, plan, scope)
+    return ClientSetup(client, plan, pieces, moved_bytes(job, specs, work, plan, pieces), work, None, None)
+
+
+@contextlib.contextmanager
+def named_in_errors(client: Client) -> Iterator[None]:
+    """Say of which client it is that no plan fits."""
+    try:
+        yield
+    except PlanError as error:
+        raise type(error)(f"client {client.name}: {error}") from error
 
 
 def local_work(job: Job, plan: Plan, scope: Scope) -> LocalWork:
@@ -361,7 +392,7 @@ def _quiet_torch() -> Iterator[None]:
 
 
 def _plan(job: Job, graph: LayerGraph, model: nn.Module, client: Client) -> Plan:
-    try:
+    with named_in_errors(client):
         return plan_graph(
             graph,
             devices=client.devices,
@@ -374,8 +405,6 @@ def _plan(job: Job, graph: LayerGraph, model: nn.Module, client: Client) -> Plan
             costs=job.costs,
             model=model,
         )
-    except PlanError as error:
-        raise type(error)(f"client {client.name}: {error}") from error
 
 
 def _schedule(job: Job, plan: Plan) -> Schedule | PlacedSchedule:

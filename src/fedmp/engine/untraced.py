@@ -21,15 +21,14 @@ from fedmp.engine.population import Population, set_up_groups
 from fedmp.engine.prepare import (
     Prepared,
     example_input,
-    local_work,
-    moved_bytes,
+    named_in_errors,
     scope_of,
     trace_model,
     who_has_what,
+    with_plan,
 )
 from fedmp.engine.setup import ClientSetup
-from fedmp.errors import PlanError
-from fedmp.graph import CutRules, LayerGraph, StateSpec, profile_whole, state_specs
+from fedmp.graph import CutRules, LayerGraph, StateSpec, named_tensors, profile_whole, state_specs
 from fedmp.partition.api import plan_profile
 from fedmp.topology import Client
 
@@ -83,7 +82,7 @@ class Untraced(Prepared):
         profiled = profile_whole(model, example, optimizer_copies=copies)
 
         def set_up(client: Client) -> ClientSetup:
-            try:
+            with named_in_errors(client):
                 plan = plan_profile(
                     profiled,
                     devices=client.devices,
@@ -92,12 +91,7 @@ class Untraced(Prepared):
                     num_microbatches=job.num_microbatches,
                     schedule=job.schedule.name,
                 )
-            except PlanError as error:
-                raise type(error)(f"client {client.name}: {error}") from error
-            work = local_work(job, plan, scope)
-            return ClientSetup(
-                client, plan, [piece], moved_bytes(job, specs, work, plan, [piece]), work, None, None
-            )
+            return with_plan(job, specs, scope, client, plan, [piece])
 
         everyone = job.topology.clients
         clients = Population(everyone, set_up_groups(everyone, set_up), data.train, rows)
@@ -133,6 +127,5 @@ class Untraced(Prepared):
 
     def initial_state(self) -> dict[str, torch.Tensor]:
         """The model's own tensors by canonical name."""
-        own: dict[str, torch.Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        own.update(self.model.named_buffers(remove_duplicate=False))
+        own = named_tensors(self.model)
         return {name: own[name] for name in self.specs}

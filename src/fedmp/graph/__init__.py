@@ -8,7 +8,7 @@ from fedmp.graph.layer_graph import Layer, LayerGraph, StateSpec
 from fedmp.graph.leaf import Chain
 from fedmp.graph.measure import measure_flops_per_s
 from fedmp.graph.profile import profile
-from fedmp.graph.specs import state_specs
+from fedmp.graph.specs import named_tensors, state_specs
 from fedmp.graph.trace import trace
 from fedmp.graph.whole import profile_whole
 
@@ -21,6 +21,7 @@ __all__ = [
     "StateSpec",
     "apply_cut_rules",
     "measure_flops_per_s",
+    "named_tensors",
     "profile",
     "profile_whole",
     "state_specs",

@@ -22,6 +22,7 @@ from fedmp.graph.deferred import LARGE_WEIGHT, WeightGradients, deferred_module
 from fedmp.graph.devices import copy_node, module_on
 from fedmp.graph.estimate import shape_at
 from fedmp.graph.layer_graph import LayerGraph, ModeGraph, node_value
+from fedmp.graph.specs import named_tensors
 
 __all__ = ["LayerTime", "measure_flops_per_s", "measure_layers", "measure_update_s_per_byte"]
 
@@ -80,9 +81,7 @@ def measure_layers(
         ValueError: the model is on the meta device.
     """
     model = copy.deepcopy(model)
-    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    tensors.update(graph.constants)
+    tensors = {**named_tensors(model), **graph.constants}
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError(
             f"{graph.model_name} is on the meta device, so nothing can be measured; use method='flops'"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fedmp.graph.layer_graph import StateSpec
 
-__all__ = ["state_specs"]
+__all__ = ["named_tensors", "state_specs"]
 
 
 def state_specs(model: nn.Module) -> dict[str, StateSpec]:
@@ -34,3 +35,9 @@ def state_specs(model: nn.Module) -> dict[str, StateSpec]:
                 ),
             )
     return specs
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, by each of their names."""
+    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return {**named, **dict(model.named_buffers(remove_duplicate=False))}

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from fedmp.graph.specs import named_tensors
+
 __all__ = ["swapped"]
 
 
@@ -24,8 +26,7 @@ def swapped(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[
         tensors: by the name of a parameter or buffer; tied names follow the one that is given. A buffer
             that the module assigns anew has its value copied into the tensor given for it.
     """
-    own: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    own.update(module.named_buffers(remove_duplicate=False))
+    own = named_tensors(module)
     other = {id(own[name]): tensor for name, tensor in tensors.items()}
     slots = [
         (place, key, value)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedmp.errors import PlanError
-from fedmp.graph import CutRules, LayerGraph, trace
+from fedmp.graph import CutRules, LayerGraph, named_tensors, trace
 from fedmp.records import Plan
 from fedmp.stages.blueprint import draw_blueprints
 from fedmp.stages.stage import Stage
@@ -95,8 +95,7 @@ def model_state(model: nn.Module, graph: LayerGraph) -> dict[str, torch.Tensor]:
     Raises:
         PlanError: `model` is not of the architecture that was traced.
     """
-    own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    own.update(model.named_buffers(remove_duplicate=False))
+    own = named_tensors(model)
     tensors: dict[str, torch.Tensor] = {}
     for name, spec in graph.state.items():
         tensor = graph.constants[name] if spec.kind == "constant" else own.get(name)
