@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PrivateAttr
 from safetensors.torch import save_file
 from torch import nn
 
 from fedmp import Job, Topology
 from fedmp.aggregate import CoordinateMedian
+from fedmp.component import Component
 from fedmp.data import IID, Dirichlet
-from fedmp.errors import FedmpError
+from fedmp.engine.ranks import place_in_environment
+from fedmp.errors import FedmpError, TrainingError
 from fedmp.strategy import FedAdam, FedAvg, PowerOfChoice, Scaffold
 from fedmp.updates import TopK
 
@@ -31,6 +34,26 @@ class Poisoned(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x) / (x[:, :1] < 100)  # type: ignore[no-any-return]
+
+
+class FailsAt(Component):
+    """A learning rate that fails at one rank, in the middle of a round.
+
+    Args:
+        rank: that fails.
+        step: the first at which it does.
+    """
+
+    rank: int
+    step: int = 30
+
+    _steps: int = PrivateAttr(default=0)
+
+    def factor(self, progress: float) -> float:
+        self._steps += 1
+        if self._steps > self.step and place_in_environment()[0] == self.rank:
+            raise TrainingError("no such luck")
+        return 1.0
 
 
 def base(**changes: Any) -> Job:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -176,19 +177,39 @@ def test_a_rank_that_is_killed_ends_the_other_with_a_message(tmp_path: Path, vic
     assert "resume=DIR" in out
 
 
-@pytest.mark.slow
-def test_torchrun_runs_the_command_line_and_one_rank_speaks(tmp_path: Path) -> None:
+def torchrun(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The command line in two processes."""
     source = Path(sys.modules["fedmp"].__file__ or "").parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = "simulate experiment=none topology=population topology.clients.count=6 split=iid model=mlp rounds=2"
-    out = subprocess.run(
-        [*command, "-m", "fedmp", *job.split(), f"run_dir={tmp_path / 'run'}"],
-        env={**os.environ, "PYTHONPATH": str(source)},
+    return subprocess.run(
+        [*command, "-m", "fedmp", *job.split(), f"run_dir={folder / 'run'}", *more],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(REPOSITORY)])},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
     )
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_command_line_and_one_rank_speaks(tmp_path: Path) -> None:
+    out = torchrun(tmp_path)
     assert out.returncode == 0, out.stderr
     assert out.stdout.count("round 2/2") == 1
     assert "of each of 2 processes" in out.stdout
     assert json.loads((tmp_path / "run/summary.json").read_text())["rounds"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("attempt", range(3))
+def test_each_rank_ends_with_its_message_and_code_though_torchrun_ends_all(
+    tmp_path: Path, attempt: int, rank: int
+) -> None:
+    rate = f"learning_rate._target_=tests.engine.ranked_jobs.FailsAt +learning_rate.rank={rank}"
+    out = torchrun(tmp_path, *rate.split(), "rounds=9", "batch_size=100")
+    assert out.returncode == 1
+    assert re.findall(r"exitcode +: (-?\d+)", out.stderr) == ["2", "2"], out.stderr
+    said = [line for line in out.stderr.splitlines() if line.startswith("fedmp: error: ")]
+    assert len(said) == 2
+    assert all("no such luck" in line for line in said), out.stderr

@@ -6,7 +6,9 @@ Overrides are Hydra's. What goes wrong is one line on standard error and exit co
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -102,11 +104,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; committed rounds are kept, go on with resume=DIR", code=130)
     except Exception as error:
+        _end_by_itself()
         message = _message(error)
         if message is None:
             raise
         return _fail(message)
     return 0
+
+
+def _end_by_itself() -> None:
+    """Let each of several ranks end with its own message and exit code.
+
+    torchrun sends SIGTERM to the others as soon as the first has ended, and those that are about to end as well would
+    seem to have been killed, or be so before they have said why.
+    """
+    from fedmp.engine.ranks import place_in_environment
+
+    if place_in_environment()[1] > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _message(error: BaseException) -> str | None:
