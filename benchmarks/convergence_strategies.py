@@ -71,7 +71,7 @@ def adaptive(*, rounds: int = 120, seed: int = 0) -> Curves:
     return curves
 
 
-def adaptive_search(*, rounds: int = 40, seed: int = 0) -> Curves:
+def adaptive_search(*, rounds: int = 120, seed: int = 0) -> Curves:
     """Every server over a grid of client and server rates (Reddi et al., 2021, appendix D, is as coarse)."""
     curves: Curves = {}
     for client_rate in (0.3, 1.0):
@@ -91,12 +91,10 @@ _HALF = {"local_epochs": 1, "fraction": 0.5}
 
 TUNED: dict[float, dict[str, s.Strategy]] = {
     0.3: {
-        "FedAvg": s.FedAvg(**_HALF),
+        "FedAvg": s.FedAvg(**_HALF),  # with 1 it is ahead by 0.002 for seed 0, and far behind for seed 1
+        "FedAvgM 0.9": s.FedAvgM(momentum=0.9, server_rate=1.0, **_HALF),
         "FedAdagrad": s.FedAdagrad(server_rate=0.03, **_HALF),
-    },
-    1.0: {
-        "FedAvgM 0.9": s.FedAvgM(momentum=0.9, server_rate=0.3, **_HALF),
-        "FedAdam": s.FedAdam(server_rate=0.03, **_HALF),
+        "FedAdam": s.FedAdam(server_rate=0.01, **_HALF),
         "FedYogi": s.FedYogi(server_rate=0.03, **_HALF),
     },
 }

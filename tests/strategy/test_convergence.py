@@ -42,7 +42,7 @@ def test_an_adaptive_server_is_ahead_on_shakespeare_by_role(script: Any) -> None
     needs("shakespeare_by_role")
     curves = script.adaptive()
     loss = {name: script.late_loss(records) for name, records in curves.items()}
-    assert loss["FedAdagrad"] < loss["FedAvg"] - 0.05, loss
+    assert max(loss["FedAdagrad"], loss["FedAdam"], loss["FedYogi"]) < loss["FedAvg"] - 0.02, loss
 
 
 @pytest.mark.parametrize(("unlike", "fraction"), [(0.0, 0.9), (0.5, 0.9), (1.0, 0.5), (1.0, 0.9)])
