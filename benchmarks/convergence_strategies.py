@@ -1,11 +1,12 @@
 """What strategies are good for: each next to federated averaging where its paper says that it helps.
 
-    python benchmarks/convergence_strategies.py [drift] [adaptive] [stragglers] [adaptive-search] [--seed N] [--out DIR]
+    python benchmarks/convergence_strategies.py [drift] [adaptive] [stragglers] [adaptive-search] [stragglers-long]
+        [--seed N] [--out DIR]
 
 drift: SCAFFOLD, FedDyn and FedProx at many local epochs on strongly skewed Fashion-MNIST.
 adaptive: FedAdam, FedYogi and FedAdagrad on Shakespeare by role; adaptive-search: their rates, for all alike.
 stragglers: FedProx on Synthetic IID, (0, 0), (0.5, 0.5) and (1, 1) where 0, 50 and 90 % of the clients do only a
-part of their work.
+part of their work; stragglers-long: on (1, 1), for the paper's 200 rounds of 20 epochs.
 
 Each prints a table of accuracies by round and writes it as JSON. All are simulated on this machine, from the seeds
 given here; the tests in tests/strategy/test_convergence.py run the same with the orderings that must come out.
@@ -122,8 +123,15 @@ def _shakespeare(client_rate: float, *, rounds: int, seed: int) -> partial[Job]:
     )
 
 
-def stragglers(fraction: float, *, unlike: float | None = 1.0, rounds: int = 40, seed: int = 0) -> Curves:
-    """Logistic regression on Synthetic(unlike, unlike), 10 of 30 clients a round, 10 epochs for those who manage.
+def stragglers(
+    fraction: float,
+    *,
+    unlike: float | None = 1.0,
+    rounds: int = 40,
+    local_epochs: int = 10,
+    seed: int = 0,
+) -> Curves:
+    """Logistic regression on Synthetic(unlike, unlike), 10 of 30 clients a round; not all manage all epochs.
 
     With `unlike` None all clients have one model and one distribution of inputs (the paper's Synthetic-IID).
     """
@@ -140,7 +148,7 @@ def stragglers(fraction: float, *, unlike: float | None = 1.0, rounds: int = 40,
         rounds=rounds,
         seed=seed,
     )
-    common = {"local_epochs": 10, "fraction": 1 / 3, "weighting": "samples"}
+    common = {"local_epochs": local_epochs, "fraction": 1 / 3, "weighting": "samples"}
     effort = s.Stragglers(fraction=fraction)
     return _curves(
         job,
@@ -217,7 +225,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "parts", nargs="*", help="drift, adaptive, stragglers if none is given; adaptive-search"
+        "parts",
+        nargs="*",
+        help="drift, adaptive, stragglers if none is given; adaptive-search, stragglers-long",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -235,6 +245,10 @@ def main() -> None:
             share, kind = f"{100 * fraction:.0f}", "IID" if unlike is None else f"({unlike:g}, {unlike:g})"
             title = f"stragglers {kind} {share}: Synthetic {kind}, {share} % do part of the work"
             _show(title, stragglers(fraction, unlike=unlike, seed=seed), given.out)
+    if "stragglers-long" in parts:
+        for fraction in (0.9, 0.5, 0.0):
+            title = f"stragglers long {100 * fraction:.0f}: Synthetic (1, 1), 200 rounds of 20 epochs"
+            _show(title, stragglers(fraction, rounds=200, local_epochs=20, seed=seed), given.out)
 
 
 if __name__ == "__main__":
