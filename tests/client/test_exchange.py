@@ -83,7 +83,7 @@ class Coordinator:
 def train(folder: Path, *, forgets: int = 0) -> tuple[Coordinator, Counted]:
     task = Counted()
     strategy = StreamingDiLoCo(local_steps=STEPS, overlap=False, delay_steps=DELAY)
-    job = tiny_job(strategy=strategy, task=task, topology=topology(1), num_microbatches=1, rounds=ROUNDS)
+    job = tiny_job(strategy=strategy, topology=topology(1), num_microbatches=1, rounds=ROUNDS)
     prepared = prepare(job)
     setup = prepared.clients["c0"]
     spec = DeviceSpec(
