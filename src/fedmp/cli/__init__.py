@@ -148,5 +148,6 @@ def _message(error: BaseException) -> str | None:
 
 
 def _fail(message: str, *, code: int = 2) -> int:
-    print(f"fedmp: error: {message}", file=sys.stderr)
+    # in one piece, since ranks that fail together share a terminal; print writes the line's end by itself
+    sys.stderr.write(f"fedmp: error: {message}\n")
     return code

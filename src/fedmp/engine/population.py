@@ -22,7 +22,7 @@ __all__ = ["MANY_CLIENTS", "Population", "Told", "set_up_groups"]
 
 MANY_CLIENTS = 500  # of more, reports tell of kinds of clients instead of each
 
-_REMEMBERED = 4096  # clients that were asked for last, of a kB or two each
+_REMEMBERED = 1024  # clients that were asked for last, of some 5 kB each
 
 T = TypeVar("T")
 
