@@ -44,8 +44,6 @@ class Carried:
 
     Attributes:
         kept: [K, P] the rule's tensors, by slot.
-        shared: stretches of the flat rows that belong to the federation, for which the rule holds, as
-            (begin, end); usually one, all of it.
     """
 
     def __init__(self, module: StackedModule, work: ChunkWork) -> None:
@@ -54,12 +52,6 @@ class Carried:
         self.kept = {slot: torch.zeros_like(module.parameters) for slot in slots}
         self._steps = torch.zeros(len(module.parameters), 1, dtype=torch.float64)
         self._names = [name for name in module.layout.names if name not in work.own]
-        self.shared: list[tuple[int, int]] = []
-        for name in self._names:
-            begin, end, _ = module.layout.spans[name]
-            if self.shared and self.shared[-1][1] == begin:
-                begin = self.shared.pop()[0]
-            self.shared.append((begin, end))
 
     def begin(self, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Take the clients' states over; the module holds the global model already."""

@@ -18,6 +18,7 @@ from fedmp.cohort.carried import Carried
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
 from fedmp.cohort.optimizers import FlatOptimizer
+from fedmp.cohort.passes import Pass, Passes
 from fedmp.cohort.start import RoundStart
 from fedmp.data import Dataset
 from fedmp.learning_rate import Constant, LearningRate, RateSum
@@ -49,6 +50,7 @@ class ChunkWork:
         rule: corrects the gradient before each step; None does not.
         keeps_optimizer: the optimizer's state lives on from round to round.
         own: names of tensors that stay at each client; the rule does not hold for them.
+        replays: whether a chunk's steps may be recorded and replayed.
     """
 
     optimizer: FlatOptimizer | None
@@ -63,6 +65,7 @@ class ChunkWork:
     rule: LocalRule | None = None
     keeps_optimizer: bool = False
     own: frozenset[str] = frozenset()
+    replays: bool = True
 
     @property
     def is_remembered(self) -> bool:
@@ -100,6 +103,7 @@ class ChunkTrainer:
         self.module = module
         self.carried = Carried(module, work)
         self._work = work
+        self._passes = Passes(module, work.objective, replays=work.replays)
         self._is_over = is_over
 
     def train(self, batches: ChunkBatches, start: RoundStart, *, round: int) -> ChunkResult:
@@ -126,7 +130,8 @@ class ChunkTrainer:
             active = batches.num_active(first)
             group = range(first, min(first + every, longest))
             if every > 1:
-                self.module.gradients[:active].zero_()
+                for gradient in self.module.gradients:
+                    gradient[:active].zero_()
             self.module.begin_step(is_cleared=every > 1)
             drawn = [self._draw(batches, targets, batch) for batch in group]
             total = None
@@ -140,7 +145,9 @@ class ChunkTrainer:
                 shares = _shares(passes, clients) if total is None else total
                 for one in passes:
                     span = slice(one.first, one.stop)
-                    losses[batch, span].add_(self._add_gradients(one, shares[span], correct[batch, span]))
+                    sums, hits = self._passes.run(one, shares[span])
+                    losses[batch, span].add_(sums)
+                    correct[batch, span].add_(hits)
                     weights[batch, span].add_(one.weights)
                     ranges.append((one.first, one.stop))
             if work.optimizer is not None:
@@ -154,7 +161,7 @@ class ChunkTrainer:
                     break
         return ChunkResult(losses.sum(0), weights.sum(0), correct.sum(0), rates, losses)
 
-    def _draw(self, batches: ChunkBatches, targets: _Targets, batch: int) -> list[_Pass]:
+    def _draw(self, batches: ChunkBatches, targets: _Targets, batch: int) -> list[Pass]:
         """The passes through the model that one batch takes."""
         work, active = self._work, batches.num_active(batch)
         rows, sizes = batches.rows[batch], batches.sizes[batch]
@@ -164,18 +171,8 @@ class ChunkTrainer:
                 span = slice(begin, begin + width)
                 picked = rows[first:stop, span].reshape(-1)
                 inputs = work.dataset.input_batch(picked).unflatten(0, (stop - first, width))
-                passes.append(_Pass(first, stop, inputs, *targets.of(batch, slice(first, stop), span)))
+                passes.append(Pass(first, stop, inputs, *targets.of(batch, slice(first, stop), span)))
         return passes
-
-    def _add_gradients(self, one: _Pass, total: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
-        """Add the gradients of one pass; returns the clients' summed losses."""
-        output = self.module.run(one.inputs, one.first, one.stop)
-        sums = self._work.objective.loss_sums(output, one.targets)
-        if sums.requires_grad:
-            self._work.objective.go_back(sums, total)
-            self.module.collect(one.first, one.stop)
-        correct += self._work.objective.num_correct(output, one.targets)
-        return sums.detach()
 
     def _step(
         self,
@@ -188,38 +185,35 @@ class ChunkTrainer:
         """One step of the optimizer for the clients that are not done."""
         work, module = self._work, self.module
         assert work.optimizer is not None
-        spans = module.spans(ranges)
-        gradients = [module.gradients[:active, begin:end] for begin, end in spans]
+        places = module.with_gradient(ranges)
+        gradients = [module.gradients[place][:active] for place in places]
         if work.max_gradient_norm is not None:
             squares = sum(
                 (own.square().sum(1, keepdim=True) for own in gradients),
-                module.gradients.new_zeros(active, 1),
+                module.parameters.new_zeros(active, 1),
             )
             scale = (work.max_gradient_norm / (squares.sqrt() + _EPSILON)).clamp(max=1.0)
             for own in gradients:
                 own.mul_(scale)
         made = self.carried.steps(active, step) if work.keeps_optimizer else step
-        for (begin, end), own in zip(spans, gradients, strict=True):
-            if work.rule is not None:
-                self._correct(work.rule, begin, end, active, start)
+        for place, own in zip(places, gradients, strict=True):
+            begin, end = module.layout.offsets[place : place + 2]
+            if work.rule is not None and module.layout.names[place] not in work.own:
+                self._correct(work.rule, own, slice(begin, end), start)
             state = [buffer[:active, begin:end] for buffer in module.state]
             work.optimizer.step(module.parameters[:active, begin:end], own, state, made, lr)
 
-    def _correct(self, rule: LocalRule, begin: int, end: int, active: int, start: RoundStart) -> None:
-        """Let a rule correct a stretch of the gradients, as far as it is the federation's."""
-        for first, stop in self.carried.shared:
-            span = slice(max(first, begin), min(stop, end))
-            if span.start >= span.stop:
-                continue
-            gradient = self.module.gradients[:active, span]
-            corrected = rule.correct(
-                gradient,
-                self.module.parameters[:active, span],
-                start=start.parameters[span],
-                received={slot: tensor[span] for slot, tensor in start.received.items()},
-                kept={slot: rows[:active, span] for slot, rows in self.carried.kept.items()},
-            )
-            gradient.copy_(corrected)
+    def _correct(self, rule: LocalRule, gradient: torch.Tensor, span: slice, start: RoundStart) -> None:
+        """Let a rule correct the gradients of a parameter that is the federation's, [K, n]."""
+        active = len(gradient)
+        corrected = rule.correct(
+            gradient,
+            self.module.parameters[:active, span],
+            start=start.parameters[span],
+            received={slot: tensor[span] for slot, tensor in start.received.items()},
+            kept={slot: rows[:active, span] for slot, rows in self.carried.kept.items()},
+        )
+        gradient.copy_(corrected)
 
     def _rate(self, batches: ChunkBatches, step: int, active: int, round: int) -> float | torch.Tensor:
         """The learning rate of this step: one for all, or [K, 1] where clients are at different points."""
@@ -235,17 +229,6 @@ class ChunkTrainer:
         if len(rates) == 1:
             return rates[counts[0]]
         return self.module.parameters.new_tensor([[rates[count]] for count in counts])
-
-
-@dataclass(frozen=True, eq=False)
-class _Pass:
-    """Samples of neighbouring clients that go through the model together."""
-
-    first: int
-    stop: int
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
 
 
 class _Targets:
@@ -306,7 +289,7 @@ def _cuts(size: int, num_microbatches: int) -> list[tuple[int, int]]:
     return cuts
 
 
-def _shares(passes: Sequence[_Pass], clients: int) -> torch.Tensor:
+def _shares(passes: Sequence[Pass], clients: int) -> torch.Tensor:
     """[K] weights of a whole batch, of the clients that have one."""
     if len(passes) == 1:
         return passes[0].weights

@@ -51,8 +51,8 @@ class _Linear(torch.autograd.Function):
             else:
                 of_weight = torch.bmm(gradient.transpose(1, 2), x)
         if ctx.needs_input_grad[2]:
-            of_bias = gradient.sum(1)
             if bias_slot is not None:
-                bias_slot.add(of_bias)
-                of_bias = None
+                bias_slot.add_rows(gradient)
+            else:
+                of_bias = gradient.sum(1)
         return of_x, of_weight, of_bias, None, None

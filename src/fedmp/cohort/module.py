@@ -1,5 +1,8 @@
 """A module whose parameters are many clients' at once, as views of one flat tensor.
 
+Gradients are a tensor of their own for each parameter, with the clients' parts side by side: a batched product
+writes such a tensor at once, but rows of a wider one client by client.
+
 Shape letters: K clients of a chunk, P trained parameters of one client.
 """
 
@@ -91,7 +94,8 @@ class StackedModule:
         num_buffers: of the optimizer.
 
     Attributes:
-        parameters, gradients: [K, P].
+        parameters: [K, P].
+        gradients: [K, n] of each parameter of n entries, in the layout's order.
         state: of the optimizer, as many tensors alike.
         buffers: of statistics that differ by client, [K, ...] by name.
     """
@@ -102,7 +106,7 @@ class StackedModule:
         self.layout = layout
         dtype = next((p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
         self.parameters = torch.zeros(num_clients, layout.size, dtype=dtype)
-        self.gradients = torch.zeros_like(self.parameters)
+        self.gradients = [self.parameters.new_zeros(num_clients, shape.numel()) for shape in layout.shapes]
         self.state = [torch.zeros_like(self.parameters) for _ in range(num_buffers)]
         self.buffers = {
             name: tensor.new_zeros((num_clients, *tensor.shape))
@@ -157,25 +161,31 @@ class StackedModule:
                     slot.add(leaf.grad)
                     leaf.grad = None
 
-    def spans(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Stretches of the flat rows that have a gradient, as (begin, end): usually one, all of it."""
-        found: list[tuple[int, int]] = []
-        slots = [self._ranges[key].slots for key in ranges]
-        for index, (begin, end) in enumerate(zip(self.layout.offsets, self.layout.offsets[1:], strict=False)):
-            if any(own[index].is_written for own in slots):
-                if found and found[-1][1] == begin:
-                    found[-1] = (found[-1][0], end)
-                else:
-                    found.append((begin, end))
-        return found
+    def written(self, first: int, stop: int) -> tuple[bool, ...]:
+        """Which of these clients' parameters have a gradient in this step, or a part of it."""
+        bound = self._range(first, stop)
+        return tuple(slot.is_written for slot in bound.slots)
+
+    def mark_written(self, first: int, stop: int, written: Sequence[bool]) -> None:
+        """Say so, where something else than `run` and `collect` wrote them."""
+        for slot, is_written in zip(self._range(first, stop).slots, written, strict=True):
+            slot.is_written = is_written
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that passes read and write: weights, gradients, and the model's own tensors, frozen ones among them."""
+        own = [*self.module.parameters(), *self.module.buffers()]
+        return [self.parameters, *self.gradients, *self.buffers.values(), *own]
+
+    def with_gradient(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
+        """Places, in the layout, of the parameters that have a gradient: usually all."""
+        written = [self.written(first, stop) for first, stop in ranges]
+        return [place for place, flags in enumerate(zip(*written, strict=True)) if any(flags)]
 
     def _bind(self, first: int, stop: int) -> None:
         key = (first, stop)
         if key == self._bound:
             return
-        bound = self._ranges.get(key)
-        if bound is None:
-            bound = self._ranges[key] = self._make_range(first, stop)
+        bound = self._range(first, stop)
         for places, tensor in zip(self._places, bound.leaves, strict=True):
             for path, name in places:
                 self.module.get_submodule(path)._parameters[name] = tensor  # type: ignore[assignment]
@@ -183,9 +193,17 @@ class StackedModule:
             self.module.get_submodule(path)._buffers[name] = bound.buffers[full]
         self._bound = key
 
+    def _range(self, first: int, stop: int) -> _Range:
+        if (first, stop) not in self._ranges:
+            self._ranges[first, stop] = self._make_range(first, stop)
+        return self._ranges[first, stop]
+
     def _make_range(self, first: int, stop: int) -> _Range:
         leaves = [leaf_of(view) for view in self.layout.views(self.parameters[first:stop])]
-        slots = [Slot(view) for view in self.layout.views(self.gradients[first:stop])]
+        slots = [
+            Slot(own[first:stop].unflatten(1, shape) if shape else own[first:stop, 0])
+            for own, shape in zip(self.gradients, self.layout.shapes, strict=True)
+        ]
         for leaf, slot in zip(leaves, slots, strict=True):
             leaf.slot = slot
             slot.is_written = self._is_cleared  # of this step, which may have begun before

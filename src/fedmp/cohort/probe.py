@@ -143,9 +143,10 @@ def _stacked(
     module.begin_step(is_cleared=False)
     objective.go_back(sums, objective.weights(y))
     module.collect(0, 2)
-    flat = torch.zeros_like(module.gradients[0])
-    for begin, end in module.spans([(0, 2)]):
-        flat[begin:end] = module.gradients[0, begin:end]
+    flat = torch.zeros(layout.size, dtype=module.parameters.dtype)
+    for place in module.with_gradient([(0, 2)]):
+        begin, end = layout.offsets[place : place + 2]
+        flat[begin:end] = module.gradients[place][0]
     return flat
 
 

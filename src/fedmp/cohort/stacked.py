@@ -53,6 +53,14 @@ class Slot:
             torch.bmm(first, second, out=self.gradient)
         self.is_written = True
 
+    def add_rows(self, rows: torch.Tensor) -> None:
+        """Add the clients' sums over dim 1."""
+        if self.is_written:
+            self.gradient.add_(rows.sum(1))
+        else:
+            torch.sum(rows, 1, out=self.gradient)
+        self.is_written = True
+
 
 class Stacked(torch.Tensor):
     """The clients' tensors in dim 0; functions see one client's shape. Made by `stack`."""
