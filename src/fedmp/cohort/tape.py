@@ -1,9 +1,10 @@
 """A computation recorded once, and replayed: the same operations on the same memory, without the Python around them.
 
 A chunk's step is some thirty operations of a few dozen microseconds. Between them the model's forward, autograd and
-the batched rules take as long again, and hold the interpreter's lock meanwhile, for which the other threads wait. A
-`Tape` keeps just the operations, as they arrive below autograd (`torch.utils._python_dispatch`): views are made once,
-results go to memory planned beforehand, where those that do not live at the same time share their places.
+the batched rules take as long again, and hold Python's lock meanwhile, for which the other threads wait. A `Tape`
+keeps just the operations, as they arrive below autograd (`torch.utils._python_dispatch`): views are made once, results
+go to memory planned beforehand, where those that do not live at the same time share their places, and torch's own
+interpreter runs one operation after another, without Python and its lock.
 
 What is recorded must not depend on anything but the tensors that it reads; `is_same` tells two recordings apart.
 """
@@ -11,13 +12,13 @@ What is recorded must not depend on anything but the tensors that it reads; `is_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 __all__ = ["CannotReplayError", "Recording", "Tape", "record"]
 
@@ -34,8 +35,6 @@ _LIKE = {
 }  # read shapes, no values
 _WRITES_UNTOLD = {"native_batch_norm": (3, 4)}  # arguments that change, which the schema does not say
 _MOVES_MEMORY = {"set_", "resize_", "resize_as_"}
-
-_NOTHING = torch.empty(0).untyped_storage()
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -127,17 +126,6 @@ class _Memory:
     offset: int | None = None
 
 
-@dataclass(eq=False)
-class _Step:
-    """A call to be replayed."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    bound: list[tuple[int, list[tuple[torch.Tensor, _Place]]]] = field(default_factory=list)
-    freed: list[torch.Tensor] = field(default_factory=list)
-
-
 class Tape:
     """A recording, ready to be replayed any number of times.
 
@@ -169,15 +157,7 @@ class Tape:
     def replay(self) -> None:
         """Do it again, on what the known tensors hold now."""
         with torch.no_grad():
-            for step in self._steps:
-                result = step.func(*step.args, **step.kwargs)
-                for index, views in step.bound:
-                    storage = (result[index] if index >= 0 else result).untyped_storage()
-                    for view, place in views:
-                        view.set_(storage, place.offset, place.size, place.stride)
-                del result
-                for view in step.freed:
-                    view.set_(_NOTHING, 0, (0,), (1,))
+            self._function(*self._tensors)
 
     def written(self) -> list[torch.Tensor]:
         """The known tensors that it changes, whole."""
@@ -197,10 +177,12 @@ class Tape:
                     memories.pop(_storage(output), None)
         self.num_bytes = _arrange(memories.values())
         arena = torch.empty(self.num_bytes, dtype=torch.uint8).untyped_storage()
-        views = _Views(arena, memories, made - constant)
-        self._steps = [_Step(p.func, *tree_map(views.of, (p.args, dict(p.kwargs)))) for p in plans if p.func]
-        self.results = [views.of(t) for t in results]
-        self._bind([(c, p) for c, p in zip(kept, plans, strict=True) if p.func], views, results)
+        program = _Program(arena, memories, made - constant)
+        for call, plan in zip(kept, plans, strict=True):
+            if plan.func is not None:
+                program.add(plan, call.result)
+        self.results = [program.result(tensor) for tensor in results]
+        self._function, self._tensors = program.finish()
         self._written = {
             _storage(t): _whole(t)
             for call in kept
@@ -208,68 +190,106 @@ class Tape:
             if _storage(t) in known and _storage(t) not in made
         }
 
-    def _bind(
-        self, pairs: Sequence[tuple[_Call, _Plan]], views: _Views, results: Sequence[torch.Tensor]
-    ) -> None:
-        """Tell the steps that bring memory of their own which views to move there, and when these are done with."""
-        last: dict[int, int] = {}
-        for index, (call, _) in enumerate(pairs):
-            last.update(dict.fromkeys(map(_storage, [*call.inputs, *call.outputs]), index))
-        for result in results:
-            last.pop(_storage(result), None)
-        for step, (call, plan) in zip(self._steps, pairs, strict=True):
-            if not plan.is_fresh:
-                continue
-            found = call.result if isinstance(call.result, tuple | list) else [call.result]
-            for index, output in enumerate(found):
-                if isinstance(output, torch.Tensor):
-                    moved = views.fresh.get(_storage(output), [])
-                    if moved:
-                        step.bound.append((index if found is call.result else -1, moved))
-                    if _storage(output) in last:
-                        self._steps[last[_storage(output)]].freed.extend(view for view, _ in moved)
+
+class _Plan(NamedTuple):
+    """How a call is replayed: `func` None for not at all; `is_fresh` where its results are new tensors each time."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    is_fresh: bool = False
 
 
-class _Views:
-    """Plain tensors in place of the recorded ones, one for each place."""
+class _Program:
+    """Calls as a function of torch's own interpreter, which runs all of them while the lock is free for others.
+
+    Args:
+        arena: memory of what is made on the way.
+        memories: where in it each storage lies.
+        fleeting: storages that are new in each replay, unless they lie there.
+    """
 
     def __init__(
         self, arena: torch.UntypedStorage, memories: Mapping[int, _Memory], fleeting: set[int]
     ) -> None:
         self._arena, self._memories, self._fleeting = arena, memories, fleeting
-        self._made: dict[_Place, torch.Tensor] = {}
-        self.fresh: dict[int, list[tuple[torch.Tensor, _Place]]] = {}
+        self._graph: Any = torch._C.Graph()
+        self._inputs: dict[_Place, tuple[torch.Tensor, Any]] = {}
+        self._fresh: dict[int, tuple[_Place, Any]] = {}
 
-    def of(self, value: Any) -> Any:
-        """The plain tensor of a recorded one; anything else as it is."""
-        if not isinstance(value, torch.Tensor):
-            return value
-        place = _place(value)
-        if place not in self._made:
-            self._made[place] = self._make(value, place)
-        return self._made[place]
+    def add(self, plan: _Plan, result: Any) -> None:
+        """Add a call, and what it gave when it was recorded."""
+        schema = plan.func._schema
+        given = {a.name: value for a, value in zip(schema.arguments, plan.args, strict=False)}
+        given.update(plan.kwargs)
+        values = [self._value(given.get(a.name, a.default_value), a.type) for a in schema.arguments]
+        node = self._insert(schema.name, values, max(len(schema.returns), 1))
+        if plan.is_fresh:
+            found = result if isinstance(result, tuple) else [result]
+            for index, tensor in enumerate(found):
+                if isinstance(tensor, torch.Tensor):
+                    self._fresh[_storage(tensor)] = _place(tensor), node.outputsAt(index)
 
-    def _make(self, tensor: torch.Tensor, place: _Place) -> torch.Tensor:
-        view = torch.empty(0, dtype=place.dtype)
-        memory = self._memories.get(place.storage)
-        if memory is not None:
-            memory = _root(memory)
-            assert memory.offset is not None
-            first = memory.offset // place.dtype.itemsize + place.offset
-            return view.set_(self._arena, first, place.size, place.stride)
-        if place.storage in self._fleeting:
-            self.fresh.setdefault(place.storage, []).append((view, place))
-            return view
-        return view.set_(tensor.untyped_storage(), place.offset, place.size, place.stride)
+    def result(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where to read a result after each replay."""
+        place = _place(tensor)
+        if place.storage in self._fresh:
+            kept = torch.empty_like(tensor)
+            self._insert("aten::copy_", [self._value(kept), self._value(tensor), self._constant(False)])
+            return kept
+        return self._input(tensor)[0]
 
+    def finish(self) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+        """The function, and what it is to be called with."""
+        self._graph.registerOutput(self._constant(None))
+        function = torch._C._create_function_from_graph("tape", self._graph)
+        return function, [tensor for tensor, _ in self._inputs.values()]
 
-class _Plan(NamedTuple):
-    """How a call is replayed: `func` None for not at all; `is_fresh` where its results are new tensors each time."""
+    def _value(self, value: Any, kind: Any = None) -> Any:
+        """A value in the graph."""
+        if isinstance(value, torch.Tensor):
+            place = _place(value)
+            if place.storage not in self._fresh:
+                return self._input(value)[1]
+            base, made = self._fresh[place.storage]
+            if place == base:
+                return made
+            where = map(self._constant, (list(place.size), list(place.stride), place.offset))
+            return self._insert("aten::as_strided", [made, *where]).outputsAt(0)
+        if isinstance(value, list | tuple) and (not value or not isinstance(value[0], int | float)):
+            node = self._insert("prim::ListConstruct", [self._value(item) for item in value])
+            node.outputsAt(0).setType(kind)
+            return node.outputsAt(0)
+        if isinstance(value, int) and not isinstance(value, bool) and str(kind) == "float":
+            value = float(value)
+        return self._constant(list(value) if isinstance(value, tuple) else value)
 
-    func: Callable[..., Any] | None
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    is_fresh: bool = False
+    def _input(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """A tensor that is there from one replay to the next, as a plain one, and as a value in the graph."""
+        place = _place(tensor)
+        if place not in self._inputs:
+            view, memory = torch.empty(0, dtype=place.dtype), self._memories.get(place.storage)
+            if memory is None:
+                assert place.storage not in self._fleeting
+                view.set_(tensor.untyped_storage(), place.offset, place.size, place.stride)
+            else:
+                first = _root(memory).offset
+                assert first is not None
+                offset = first // place.dtype.itemsize + place.offset
+                view.set_(self._arena, offset, place.size, place.stride)
+            value = self._graph.addInput()
+            value.setType(torch._C.TensorType.get())
+            self._inputs[place] = view, value
+        return self._inputs[place]
+
+    def _insert(self, name: str, values: Sequence[Any], num_results: int = 1) -> Any:
+        return self._graph.insertNode(self._graph.create(name, list(values), num_results))
+
+    def _constant(self, value: Any) -> Any:
+        try:
+            return self._graph.insertConstant(value)
+        except (RuntimeError, TypeError) as error:
+            raise CannotReplayError(f"{value!r} cannot be on a tape") from error
 
 
 def _plan(call: _Call) -> _Plan:
