@@ -28,7 +28,8 @@ from fedmp.strategy import LocalRule
 __all__ = ["ChunkResult", "ChunkTrainer", "ChunkWork"]
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-_DRAWN_AT_ONCE = 1 << 16  # targets
+_DRAWN_TARGETS = 1 << 16  # at once
+_DRAWN_BYTES = 1 << 20  # of inputs at once
 _LOOK_EVERY = 32  # steps between two looks whether to go on: a round may have a million
 
 
@@ -121,11 +122,11 @@ class ChunkTrainer:
         """
         clients, work = len(batches.num_batches), self._work
         longest = len(batches.sizes)
-        losses, weights, correct = (torch.zeros(longest, clients, dtype=torch.float64) for _ in range(3))
-        rates = torch.zeros(clients, dtype=torch.float64)
+        losses = torch.zeros(longest, clients, dtype=torch.float64)
+        weights, correct, rates = torch.zeros(3, clients, dtype=torch.float64)
         rate_weights = RateSum(work.optimizer.settings if work.optimizer else {})
         every = work.accumulate_batches
-        targets = _Targets(work, batches)
+        samples = _Samples(work, batches)
         for step, first in enumerate(range(0, longest, every)):
             active = batches.num_active(first)
             group = range(first, min(first + every, longest))
@@ -133,7 +134,7 @@ class ChunkTrainer:
                 for gradient in self.module.gradients:
                     gradient[:active].zero_()
             self.module.begin_step(is_cleared=every > 1)
-            drawn = [self._draw(batches, targets, batch) for batch in group]
+            drawn = [self._draw(batches, samples, batch) for batch in group]
             total = None
             if every > 1:
                 total = torch.zeros(active, dtype=torch.float64)
@@ -147,8 +148,8 @@ class ChunkTrainer:
                     span = slice(one.first, one.stop)
                     sums, hits = self._passes.run(one, shares[span])
                     losses[batch, span].add_(sums)
-                    correct[batch, span].add_(hits)
-                    weights[batch, span].add_(one.weights)
+                    correct[span].add_(hits)
+                    weights[span].add_(one.weights)
                     ranges.append((one.first, one.stop))
             if work.optimizer is not None:
                 lr = self._rate(batches, step, active, round)
@@ -159,19 +160,19 @@ class ChunkTrainer:
                 seen = losses[max(0, group.stop - _LOOK_EVERY * every) : group.stop]
                 if self._is_over.is_set() or not bool(torch.isfinite(seen.sum())):
                     break
-        return ChunkResult(losses.sum(0), weights.sum(0), correct.sum(0), rates, losses)
+        return ChunkResult(losses.sum(0), weights, correct, rates, losses)
 
-    def _draw(self, batches: ChunkBatches, targets: _Targets, batch: int) -> list[Pass]:
+    def _draw(self, batches: ChunkBatches, samples: _Samples, batch: int) -> list[Pass]:
         """The passes through the model that one batch takes."""
         work, active = self._work, batches.num_active(batch)
-        rows, sizes = batches.rows[batch], batches.sizes[batch]
+        sizes = batches.sizes[batch]
         passes = []
         for first, stop in _runs(sizes, active, work.pads):
             for begin, width in _cuts(max(sizes[first:stop]), work.num_microbatches):
                 span = slice(begin, begin + width)
-                picked = rows[first:stop, span].reshape(-1)
-                inputs = work.dataset.input_batch(picked).unflatten(0, (stop - first, width))
-                passes.append(Pass(first, stop, inputs, *targets.of(batch, slice(first, stop), span)))
+                clients = slice(first, stop)
+                inputs = samples.inputs(batch, clients, span)
+                passes.append(Pass(first, stop, inputs, *samples.targets(batch, clients, span)))
         return passes
 
     def _step(
@@ -231,8 +232,8 @@ class ChunkTrainer:
         return self.module.parameters.new_tensor([[rates[count]] for count in counts])
 
 
-class _Targets:
-    """The targets of a chunk's batches and their weights, drawn for several batches at once.
+class _Samples:
+    """The samples of a chunk's batches, drawn for several batches at once where these are small.
 
     Threads wait for each other between operations, so a few large ones are faster than many small ones.
 
@@ -243,29 +244,51 @@ class _Targets:
 
     def __init__(self, work: ChunkWork, batches: ChunkBatches) -> None:
         self._work, self._batches = work, batches
-        self._first = self._stop = 0
+        self._inputs, self._targets = range(0), range(0)  # batches that are drawn
+        sample, (_, *shape) = batches.rows[0, :1, 0], batches.rows.shape
+        self._num_targets = work.dataset.target_batch(sample).numel() * math.prod(shape)
+        self._num_bytes = work.dataset.input_batch(sample).nbytes * math.prod(shape)
 
-    def of(self, batch: int, clients: slice, samples: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self, batch: int, clients: slice, samples: slice) -> torch.Tensor:
+        """[K, B, ...] inputs of some clients' samples of a batch."""
+        if 2 * self._num_bytes > _DRAWN_BYTES:
+            rows = self._batches.rows[batch, clients, samples]
+            return _unflattened(self._work.dataset.input_batch(rows.reshape(-1)), rows.shape)
+        if batch not in self._inputs:
+            self._inputs = self._next(batch, _DRAWN_BYTES // self._num_bytes)
+            rows = self._batches.rows[self._inputs.start : self._inputs.stop]
+            drawn = self._work.dataset.input_batch(rows.reshape(-1))
+            self._drawn_inputs = _unflattened(drawn, rows.shape)
+        return self._drawn_inputs[batch - self._inputs.start, clients, samples].contiguous()
+
+    def targets(self, batch: int, clients: slice, samples: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """[K, B, ...] targets of some clients' samples of a batch, and their [K] weights."""
-        if not self._first <= batch < self._stop:
-            self._draw(batch)
-        targets = self._targets[batch - self._first, clients, samples]
+        if batch not in self._targets:
+            self._draw_targets(batch)
+        place = batch - self._targets.start
+        targets = self._drawn_targets[place, clients, samples]
         if not self._work.pads:  # some of the samples only, perhaps
             return targets, self._work.objective.weights(targets)
-        return targets, self._weights[batch - self._first, clients]
+        return targets, self._weights[place, clients]
 
-    def _draw(self, first: int) -> None:
+    def _draw_targets(self, first: int) -> None:
         """Of the batches from this one on."""
-        work, (longest, *shape) = self._work, self._batches.rows.shape
-        per_batch = work.dataset.target_batch(self._batches.rows[first, :1, 0]).numel() * math.prod(shape)
-        self._first, self._stop = first, min(longest, first + max(1, _DRAWN_AT_ONCE // per_batch))
-        rows = self._batches.rows[self._first : self._stop]
+        work = self._work
+        self._targets = self._next(first, _DRAWN_TARGETS // self._num_targets)
+        span = slice(self._targets.start, self._targets.stop)
+        rows = self._batches.rows[span]
         targets = work.dataset.target_batch(rows.reshape(-1)).unflatten(0, (-1, rows.shape[2]))
         if work.pads:
-            sizes = torch.tensor(self._batches.sizes[self._first : self._stop]).view(-1)
-            targets = work.objective.pad(targets, sizes)
+            targets = work.objective.pad(targets, torch.tensor(self._batches.sizes[span]).view(-1))
             self._weights = work.objective.weights(targets).view(rows.shape[:2])
-        self._targets = targets.unflatten(0, rows.shape[:2])
+        self._drawn_targets = targets.unflatten(0, rows.shape[:2])
+
+    def _next(self, first: int, count: int) -> range:
+        return range(first, min(first + max(count, 1), len(self._batches.rows)))
+
+
+def _unflattened(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return tensor.view(*shape, *tensor.shape[1:])
 
 
 def _runs(sizes: Sequence[int], active: int, pads: bool) -> list[tuple[int, int]]:

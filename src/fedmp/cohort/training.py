@@ -137,9 +137,10 @@ class CohortTraining:
         """
         result = self._empty(cohort, start.parameters, start.statistics, keep)
         # equal work side by side, the longest first: less padding, and threads that end together
-        order = sorted(
-            range(len(cohort.clients)), key=lambda k: (-cohort.num_batches[k], -len(cohort.rows[k]))
-        )
+        sizes = [
+            (-count, -rows.shape[0]) for count, rows in zip(cohort.num_batches, cohort.rows, strict=True)
+        ]
+        order = sorted(range(len(sizes)), key=sizes.__getitem__)
         chunks = _cut(order, self._chunk, self._num_workers)
 
         def run(members: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

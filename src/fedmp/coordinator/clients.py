@@ -72,9 +72,11 @@ class ClientUpdate(Contribution):
     @property
     def loss(self) -> float | None:
         """Mean loss of the starting model, or else over its local training; None if it told neither."""
+        start_loss = self.start_loss
+        if start_loss is not None:
+            return start_loss
         weight = sum(report.weight for report in self.reports)
-        trained = sum(report.loss_sum for report in self.reports) / weight if weight else None
-        return trained if self.start_loss is None else self.start_loss
+        return sum(report.loss_sum for report in self.reports) / weight if weight else None
 
     def discounted(self, factor: float) -> ClientUpdate:
         """The same update, its floating-point tensors multiplied by a factor when they are asked for."""

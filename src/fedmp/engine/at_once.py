@@ -238,7 +238,7 @@ class ManyAtOnce:
 
     def _count(self, one: ClientSetup, round: int) -> Counts:
         """How much a client does in a round; of clients with the same work and as many samples found out once."""
-        work, size = one.work.of_round(one.name, round), len(one.own_rows)
+        work, size = one.work.of_round(one.name, round), one.own_rows.shape[0]
         if work is not one.work:
             return _counts(work, size)
         key = id(work), size  # the works of all kinds of clients live as long as the job

@@ -121,32 +121,27 @@ class _Own(Mapping[str, torch.Tensor]):
 def _reports(
     cohort: Sequence[ClientSetup], counts: Sequence[Counts], result: CohortResult
 ) -> list[DeviceReport]:
-    """What each client reports. Checked values of this process's own: a hundred of them need no second check.
-
-    All fields are given, since looking up what one is without being given takes longer than the rest.
-    """
+    """What each client reports."""
     sums = torch.stack([result.loss_sums, result.weights, result.num_correct, result.rate_sums], 1).tolist()
+    evaluations = result.evaluation.tolist() if bool(result.evaluation.any()) else []
     reports = []
-    for one, count, (loss, weight, correct, rates), evaluation in zip(
-        cohort, counts, sums, result.evaluation.tolist(), strict=True
+    for place, (one, count, (loss, weight, correct, rates)) in enumerate(
+        zip(cohort, counts, sums, strict=True)
     ):
+        told = evaluations[place] if evaluations else (0.0, 0.0, 0.0)
         reports.append(
-            DeviceReport.model_construct(
+            DeviceReport(
                 num_examples=count.examples,
-                num_samples=len(one.own_rows),
+                num_samples=one.own_rows.shape[0],
                 num_steps=count.steps,
                 rate_sum=rates,
                 loss_sum=loss,
                 weight=weight,
                 num_correct=correct,
-                evaluation_loss_sum=evaluation[0],
-                evaluation_weight=evaluation[1],
-                evaluation_correct=evaluation[2],
+                evaluation_loss_sum=told[0],
+                evaluation_weight=told[1],
+                evaluation_correct=told[2],
                 pipeline_bytes=one.pipeline_bytes(count.examples),
-                train_s=0.0,
-                timeline=(),
-                generation="",
-                forgotten=(),
             )
         )
     return reports

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -66,6 +67,7 @@ class SimulatedClients:
             TrainingError: a client's loss is not finite.
         """
         known, round = dict[str, ClientSetup](), opening.round
+        place = cache(self._place)
         self._time.open(opening)
 
         def setup_of(client: str) -> ClientSetup:
@@ -75,13 +77,13 @@ class SimulatedClients:
 
         arrivals = predict_arrivals(
             opening,
-            place=self._place,
+            place=place,
             left_s={client: held.left_s for client, held in self._held.items()},
             finish_s=lambda client: self._finish_s(setup_of(client), round),
         )
         late, lost = self._late(opening, arrivals)
         faults, recoveries = self._time.close(arrivals)
-        took_part = sorted((*arrivals.counted, *arrivals.left_s), key=self._place)
+        took_part = sorted((*arrivals.counted, *arrivals.left_s), key=place)
         begun = [setup_of(name) for name in took_part if name not in opening.late]
         needed = [setup for setup in begun if setup.name not in lost]
         handed_out = self._wire.hand_out(round)
@@ -102,8 +104,9 @@ class SimulatedClients:
             for client, left_s in late.items()
         }
         self._store.save(round, self._held)
-        counted = sorted(arrivals.counted, key=self._place)
-        updates = made if is_summed else [arriving[name].update for name in counted]
+        updates = made
+        if not is_summed:
+            updates = [arriving[name].update for name in sorted(arrivals.counted, key=place)]
         return Trained(
             updates=updates,
             late={client: arriving[client].update.round for client in late},
