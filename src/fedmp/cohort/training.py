@@ -150,13 +150,15 @@ class CohortTraining:
             finally:
                 self._free.put(trainer)
 
-        done = 0
-        for members, (total, statistics) in zip(chunks, self._pool.map(run, chunks), strict=True):
+        done, sums = 0, []
+        for members, summed in zip(chunks, self._pool.map(run, chunks), strict=True):
+            sums.append(summed)
+            done += len(members)
+            on_chunk(done)
+        for total, statistics in sums:  # not before all threads are done: each has a core by itself
             result.total.add_(total)
             for name, tensor in statistics.items():
                 result.buffers[name].add_(tensor)
-            done += len(members)
-            on_chunk(done)
         if not bool(torch.isfinite(result.total).all()):
             raise TrainingError(_explain("the weights are", cohort, round))
         return result

@@ -44,9 +44,8 @@ class RoundTimed:
 
     def lines(self) -> str:
         """As lines of JSON, with the seconds since the run began."""
-        names = {
-            name: json.dumps(name, ensure_ascii=False) for e in self.events for name in (e.client, e.device)
-        }
+        distinct = {name for event in self.events for name in (event.client, event.device)}
+        names = {name: json.dumps(name, ensure_ascii=False) for name in distinct}
         return "".join(
             f'{{"round": {self.round}, "time_s": {self.start_s + e.time_s:.9g}, "client": {names[e.client]}, '
             f'"device": {names[e.device]}, "what": "{e.what}"}}\n'
