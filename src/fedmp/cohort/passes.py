@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from torch import nn
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
 from fedmp.cohort.tape import CannotReplayError, Tape, record
+from fedmp.pipeline import give_back
 
 __all__ = ["Pass", "Passes"]
 
@@ -30,6 +32,7 @@ _TOLERANCE = 1e-5  # of the largest entry; a replay does the same arithmetic, at
 _KINDS = 1024  # that are counted
 _TAPES_BYTES = 16 << 20  # that a chunk's tapes may hold, beside the one in use
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ONE_AT_A_TIME = threading.Lock()  # what is recorded and tried out takes memory meanwhile
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 
 
@@ -114,7 +117,8 @@ class Passes:
         if kind.seen <= _RECORDED_FROM:
             return self._plainly(one.first, one.stop, *given)
         try:
-            return self._record(kind, one, given)
+            with _ONE_AT_A_TIME:
+                return self._record(kind, one, given)
         finally:
             if self.refusal:
                 self._kinds.clear()
@@ -157,6 +161,7 @@ class Passes:
             self.refusal = "its forward does not do the same each time"
         elif _replays(tape, before, [sums, correct]):
             kind.tape, kind.candidate = tape, None
+            give_back()  # the tape has memory of its own
         else:
             self.refusal = "a replay gives something else"
         return sums, correct

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 __all__ = ["CannotReplayError", "Recording", "Tape", "record"]
 
@@ -44,8 +45,9 @@ class CannotReplayError(Exception):
     """What was recorded cannot be replayed."""
 
 
-class _Place(NamedTuple):
-    """A tensor as a view of memory."""
+@dataclass(frozen=True)
+class _Place:
+    """A tensor as a view of a storage."""
 
     storage: int
     offset: int
@@ -53,35 +55,77 @@ class _Place(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def view(self) -> tuple[Any, ...]:
+        """The same of whatever storage."""
+        return self.offset, self.size, self.stride, self.dtype
 
-class _Call(NamedTuple):
-    """An operation as it was recorded."""
+
+@dataclass(eq=False)
+class _Call:
+    """An operation as it was recorded, with the places of its tensors."""
 
     func: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     result: Any
 
-    @property
-    def inputs(self) -> list[torch.Tensor]:
-        return _tensors((self.args, self.kwargs))
+    @cached_property
+    def inputs(self) -> list[_Place]:
+        return _places((self.args, self.kwargs))
 
-    @property
-    def outputs(self) -> list[torch.Tensor]:
-        return _tensors(self.result)
+    @cached_property
+    def outputs(self) -> list[_Place]:
+        return _places(self.result)
 
     @property
     def name(self) -> str:
         return str(self.func._schema.name).partition("::")[2]
 
+    @cached_property
+    def read(self) -> set[int]:
+        """Storages of the inputs."""
+        return {place.storage for place in self.inputs}
+
+    @cached_property
+    def left(self) -> set[int]:
+        """Storages of the outputs."""
+        return {place.storage for place in self.outputs}
+
+    @cached_property
+    def changed(self) -> set[int]:
+        """Storages among the inputs' that it writes to."""
+        schema = self.func._schema
+        places = [p for index in _WRITES_UNTOLD.get(self.name, ()) for p in _places(self.args[index])]
+        for index, argument in enumerate(schema.arguments if schema.is_mutable else ()):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = self.args[index] if index < len(self.args) else self.kwargs.get(argument.name)
+                places += _places(given)
+        return {place.storage for place in places}
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether its results depend on no tensor's values."""
+        return not self.inputs or self.name in _LIKE
+
 
 class Recording(TorchDispatchMode):
-    """The operations under way, in their order; all of their tensors stay alive."""
+    """The operations under way, in their order. Their tensors are not kept, but for those that were there before.
+
+    Attributes:
+        calls: the operations.
+        refusal: why they cannot be replayed; empty if they can.
+        num_bytes: of each storage.
+        held: storages that were there before, or are the same each time.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[_Call] = []
         self.refusal = ""
+        self.num_bytes: dict[int, int] = {}
+        self.held: dict[int, torch.UntypedStorage] = {}
+        self._seen: list[StorageWeakRef] = []  # as long as these are there, no number is given twice
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -94,10 +138,38 @@ class Recording(TorchDispatchMode):
         """Run an operation, and note it."""
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            call = _Call(func, args, kwargs or {}, result)
-            self.refusal = self.refusal or _refusal(call)
-        self.calls.append(call)
+            if not self.refusal:
+                self._note(func, args, kwargs or {}, result)
         return result
+
+    def place(self, tensor: torch.Tensor) -> _Place:
+        """Where a tensor lies that was recorded and is still there."""
+        storage = tensor.untyped_storage()
+        number = int(storage._cdata)
+        if number not in self.num_bytes:
+            self.num_bytes[number] = storage.nbytes()
+            self._seen.append(StorageWeakRef(storage))
+        size, stride = tuple(tensor.shape), tensor.stride()
+        return _Place(number, int(tensor.storage_offset()), size, stride, tensor.dtype)
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        self.refusal = _refusal(func, [*inputs, *outputs])
+        if self.refusal:
+            self.calls.clear()
+            return
+        for tensor in inputs:
+            storage = tensor.untyped_storage()
+            if int(storage._cdata) not in self.num_bytes:
+                self.held[int(storage._cdata)] = storage
+
+        def placed(value: Any) -> Any:
+            return self.place(value) if isinstance(value, torch.Tensor) else value
+
+        call = _Call(func, *(tree_map(placed, value) for value in (args, dict(kwargs), result)))
+        if call.is_fixed:
+            self.held.update((int(t.untyped_storage()._cdata), t.untyped_storage()) for t in outputs)
+        self.calls.append(call)
 
 
 def record(run: Callable[[], T]) -> tuple[T, Recording]:
@@ -148,7 +220,7 @@ class Tape:
         if recording.refusal:
             raise CannotReplayError(recording.refusal)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            self._build(recording.calls, {_storage(t) for t in known}, results)
+            self._build(recording, {_storage(t) for t in known}, [recording.place(t) for t in results])
 
     def is_same(self, other: Tape) -> bool:
         """Whether both do the same on the same memory."""
@@ -161,34 +233,32 @@ class Tape:
 
     def written(self) -> list[torch.Tensor]:
         """The known tensors that it changes, whole."""
-        return list(self._written.values())
+        return self._written
 
-    def _build(self, calls: Sequence[_Call], known: set[int], results: Sequence[torch.Tensor]) -> None:
-        made, fixed = _origins(calls, known)
-        constant = _constants(calls, made)
-        kept = _needed(calls, {*known, *fixed}, constant, [_storage(t) for t in results])
+    def _build(self, recording: Recording, known: set[int], results: Sequence[_Place]) -> None:
+        wanted = {place.storage for place in results}
+        made, fixed = _origins(recording, known)
+        constant = _constants(recording.calls, made)
+        kept = _needed(recording.calls, {*known, *fixed, *wanted}, constant)
         self._signature = _signature(kept, made, fixed)
-        memories = _lifetimes(kept, constant, [_storage(t) for t in results])
+        memories = _lifetimes(kept, constant, wanted, recording.num_bytes)
         plans = [_plan(call) for call in kept]
         for index, (call, plan) in enumerate(zip(kept, plans, strict=True)):
             _share(index, call, plan, memories)
             if plan.is_fresh:
-                for output in call.outputs:
-                    memories.pop(_storage(output), None)
+                for storage in call.left:
+                    memories.pop(storage, None)
         self.num_bytes = _arrange(memories.values())
         arena = torch.empty(self.num_bytes, dtype=torch.uint8).untyped_storage()
-        program = _Program(arena, memories, made - constant)
+        program = _Program(arena, memories, recording.held)
         for call, plan in zip(kept, plans, strict=True):
             if plan.func is not None:
                 program.add(plan, call.result)
-        self.results = [program.result(tensor) for tensor in results]
+        self.results = [program.result(place) for place in results]
         self._function, self._tensors = program.finish()
-        self._written = {
-            _storage(t): _whole(t)
-            for call in kept
-            for t in _changed(call)
-            if _storage(t) in known and _storage(t) not in made
-        }
+        written = set[int]().union(*(call.changed for call in kept)) & known
+        dtypes = {place.storage: place.dtype for call in kept for place in call.inputs}
+        self._written = [_whole(recording.held[storage], dtypes[storage]) for storage in sorted(written)]
 
 
 class _Plan(NamedTuple):
@@ -206,14 +276,18 @@ class _Program:
     Args:
         arena: memory of what is made on the way.
         memories: where in it each storage lies.
-        fleeting: storages that are new in each replay, unless they lie there.
+        held: storages that are there before. All others are new in each replay.
     """
 
     def __init__(
-        self, arena: torch.UntypedStorage, memories: Mapping[int, _Memory], fleeting: set[int]
+        self,
+        arena: torch.UntypedStorage,
+        memories: Mapping[int, _Memory],
+        held: Mapping[int, torch.UntypedStorage],
     ) -> None:
-        self._arena, self._memories, self._fleeting = arena, memories, fleeting
+        self._arena, self._memories, self._held = arena, memories, held
         self._graph: Any = torch._C.Graph()
+        self._given: list[torch.Tensor] = []
         self._inputs: dict[_Place, tuple[torch.Tensor, Any]] = {}
         self._fresh: dict[int, tuple[_Place, Any]] = {}
 
@@ -226,35 +300,34 @@ class _Program:
         node = self._insert(schema.name, values, max(len(schema.returns), 1))
         if plan.is_fresh:
             found = result if isinstance(result, tuple) else [result]
-            for index, tensor in enumerate(found):
-                if isinstance(tensor, torch.Tensor):
-                    self._fresh[_storage(tensor)] = _place(tensor), node.outputsAt(index)
+            for index, place in enumerate(found):
+                if isinstance(place, _Place):
+                    self._fresh[place.storage] = place, node.outputsAt(index)
 
-    def result(self, tensor: torch.Tensor) -> torch.Tensor:
+    def result(self, place: _Place) -> torch.Tensor:
         """Where to read a result after each replay."""
-        place = _place(tensor)
-        if place.storage in self._fresh:
-            kept = torch.empty_like(tensor)
-            self._insert("aten::copy_", [self._value(kept), self._value(tensor), self._constant(False)])
-            return kept
-        return self._input(tensor)[0]
+        if place.storage not in self._fresh:
+            return self._input(place)[0]
+        kept = torch.empty(place.size, dtype=place.dtype)
+        value = self._taken(kept)
+        self._insert("aten::copy_", [value, self._value(place), self._constant(False)])
+        return kept
 
     def finish(self) -> tuple[Callable[..., Any], list[torch.Tensor]]:
         """The function, and what it is to be called with."""
         self._graph.registerOutput(self._constant(None))
         function = torch._C._create_function_from_graph("tape", self._graph)
-        return function, [tensor for tensor, _ in self._inputs.values()]
+        return function, self._given
 
     def _value(self, value: Any, kind: Any = None) -> Any:
         """A value in the graph."""
-        if isinstance(value, torch.Tensor):
-            place = _place(value)
-            if place.storage not in self._fresh:
+        if isinstance(value, _Place):
+            if value.storage not in self._fresh:
                 return self._input(value)[1]
-            base, made = self._fresh[place.storage]
-            if place == base:
+            base, made = self._fresh[value.storage]
+            if value == base:
                 return made
-            where = map(self._constant, (list(place.size), list(place.stride), place.offset))
+            where = map(self._constant, (list(value.size), list(value.stride), value.offset))
             return self._insert("aten::as_strided", [made, *where]).outputsAt(0)
         if isinstance(value, list | tuple) and (not value or not isinstance(value[0], int | float)):
             node = self._insert("prim::ListConstruct", [self._value(item) for item in value])
@@ -264,23 +337,26 @@ class _Program:
             value = float(value)
         return self._constant(list(value) if isinstance(value, tuple) else value)
 
-    def _input(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def _input(self, place: _Place) -> tuple[torch.Tensor, Any]:
         """A tensor that is there from one replay to the next, as a plain one, and as a value in the graph."""
-        place = _place(tensor)
         if place not in self._inputs:
-            view, memory = torch.empty(0, dtype=place.dtype), self._memories.get(place.storage)
+            tensor, memory = torch.empty(0, dtype=place.dtype), self._memories.get(place.storage)
             if memory is None:
-                assert place.storage not in self._fleeting
-                view.set_(tensor.untyped_storage(), place.offset, place.size, place.stride)
+                tensor.set_(self._held[place.storage], place.offset, place.size, place.stride)
             else:
                 first = _root(memory).offset
                 assert first is not None
                 offset = first // place.dtype.itemsize + place.offset
-                view.set_(self._arena, offset, place.size, place.stride)
-            value = self._graph.addInput()
-            value.setType(torch._C.TensorType.get())
-            self._inputs[place] = view, value
+                tensor.set_(self._arena, offset, place.size, place.stride)
+            self._inputs[place] = tensor, self._taken(tensor)
         return self._inputs[place]
+
+    def _taken(self, tensor: torch.Tensor) -> Any:
+        """Let the function take one more tensor."""
+        self._given.append(tensor)
+        value = self._graph.addInput()
+        value.setType(torch._C.TensorType.get())
+        return value
 
     def _insert(self, name: str, values: Sequence[Any], num_results: int = 1) -> Any:
         return self._graph.insertNode(self._graph.create(name, list(values), num_results))
@@ -327,44 +403,42 @@ def _out_overload(func: Any) -> tuple[Any, list[str]] | None:
     return None
 
 
-def _refusal(call: _Call) -> str:
+def _refusal(func: Any, tensors: Sequence[torch.Tensor]) -> str:
     """Why a call cannot be on a tape; empty if it can."""
-    if not isinstance(call.func, torch._ops.OpOverload):
-        return f"{call.func} is no plain operation"
-    tags = set(call.func.tags)
+    if not isinstance(func, torch._ops.OpOverload):
+        return f"{func} is no plain operation"
+    name, tags = func._schema.name, set(func.tags)
     if tags & {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}:
-        return f"{call.name} lets values decide what is computed"
+        return f"{name} lets values decide what is computed"
     if torch.Tag.nondeterministic_seeded in tags:
-        return f"{call.name} draws random numbers"
-    if call.name in _MOVES_MEMORY:
-        return f"{call.name} moves a tensor"
-    for tensor in (*call.inputs, *call.outputs):
+        return f"{name} draws random numbers"
+    if name.partition("::")[2] in _MOVES_MEMORY:
+        return f"{name} moves a tensor"
+    for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype.is_complex:
-            return f"{call.name} of a tensor that is not plain"
+            return f"{name} of a tensor that is not plain"
         if tensor.untyped_storage().nbytes() == 0:
-            return f"{call.name} of an empty tensor"
+            return f"{name} of an empty tensor"
     return ""
 
 
-def _origins(calls: Sequence[_Call], known: set[int]) -> tuple[set[int], dict[int, torch.Tensor]]:
+def _origins(recording: Recording, known: set[int]) -> tuple[set[int], dict[int, torch.Tensor]]:
     """Storages that come into being on the way, and small ones that come from nowhere, like a literal's.
 
     Raises:
-        CannotReplayError: a large one comes from nowhere.
+        CannotReplayError: one that comes from nowhere is large or changed.
     """
     made: set[int] = set()
     fixed: dict[int, torch.Tensor] = {}
-    for call in calls:
-        read = set(map(_storage, call.inputs))
-        for tensor in call.inputs:
-            storage = _storage(tensor)
-            if storage not in made and storage not in known and storage not in fixed:
-                if tensor.untyped_storage().nbytes() > _MOST_FIXED * tensor.itemsize:
-                    raise CannotReplayError(f"{call.name} reads a tensor that was not there before")
-                fixed[storage] = _whole(tensor).clone()
-        made.update(storage for storage in map(_storage, call.outputs) if storage not in read | known)
-    changed = {_storage(t) for call in calls for t in _changed(call)}
-    if changed & fixed.keys():
+    for call in recording.calls:
+        for place in call.inputs:
+            if place.storage in made or place.storage in known or place.storage in fixed:
+                continue
+            if recording.num_bytes[place.storage] > _MOST_FIXED * place.dtype.itemsize:
+                raise CannotReplayError(f"{call.name} reads a tensor that was not there before")
+            fixed[place.storage] = _whole(recording.held[place.storage], place.dtype).clone()
+        made |= call.left - call.read - known
+    if any(call.changed & fixed.keys() for call in recording.calls):
         raise CannotReplayError("a tensor that was not there before is changed")
     return made, fixed
 
@@ -373,60 +447,52 @@ def _constants(calls: Sequence[_Call], made: set[int]) -> set[int]:
     """Storages that hold the same after every replay: made of no tensor's values and never changed."""
     found: set[int] = set()
     for call in calls:
-        if not call.inputs or call.name in _LIKE:
-            found.update(set(map(_storage, call.outputs)) & made)
-        found.difference_update(map(_storage, _changed(call)))
+        if call.is_fixed:
+            found |= call.left & made
+        found -= call.changed
     return found
 
 
-def _needed(
-    calls: Sequence[_Call], lasting: set[int], constant: set[int], results: Sequence[int]
-) -> list[_Call]:
+def _needed(calls: Sequence[_Call], wanted: set[int], constant: set[int]) -> list[_Call]:
     """The calls whose results anything depends on; views are none of them."""
-    needed, kept = {*lasting, *results}, []
+    needed, kept = set(wanted), []
     for call in reversed(calls):
-        read, left = set(map(_storage, call.inputs)), set(map(_storage, call.outputs))
-        changed = set(map(_storage, _changed(call)))
-        is_view = not changed and left <= read
-        if is_view or left <= constant or not (changed | left - read) & needed:
+        is_view = not call.changed and call.left <= call.read
+        if is_view or call.left <= constant or not (call.changed | call.left - call.read) & needed:
             continue
         kept.append(call)
-        needed |= read
+        needed |= call.read
     return kept[::-1]
 
 
-def _lifetimes(calls: Sequence[_Call], constant: set[int], results: Sequence[int]) -> dict[int, _Memory]:
+def _lifetimes(
+    calls: Sequence[_Call], constant: set[int], wanted: set[int], num_bytes: Mapping[int, int]
+) -> dict[int, _Memory]:
     """The memory that has to be found for what the calls make."""
     memories: dict[int, _Memory] = {}
     for index, call in enumerate(calls):
-        read = set(map(_storage, call.inputs))
-        for tensor in call.outputs:
-            storage = _storage(tensor)
-            if storage not in read and storage not in memories and storage not in constant:
-                memories[storage] = _Memory(tensor.untyped_storage().nbytes(), index, index)
-        for tensor in (*call.inputs, *call.outputs):
-            if _storage(tensor) in memories:
-                memories[_storage(tensor)].last = index
-    for storage in results:
-        if storage in memories:
-            memories[storage].last = len(calls)
+        for storage in call.left - call.read - constant - memories.keys():
+            memories[storage] = _Memory(num_bytes[storage], index, index)
+        for storage in (call.left | call.read) & memories.keys():
+            memories[storage].last = index
+    for storage in wanted & memories.keys():
+        memories[storage].last = len(calls)
     return memories
 
 
 def _share(index: int, call: _Call, plan: _Plan, memories: dict[int, _Memory]) -> None:
     """Let a call that works on each entry by itself overwrite what nobody reads afterwards."""
-    if torch.Tag.pointwise not in call.func.tags or plan.is_fresh or len(call.outputs) != 1:
+    if torch.Tag.pointwise not in call.func.tags or call.func._schema.is_mutable or plan.is_fresh:
         return
-    (output,) = call.outputs
-    own = memories.get(_storage(output))
-    if own is None or call.func._schema.is_mutable:
+    outputs, inputs = call.outputs, call.inputs
+    own = memories.get(outputs[0].storage) if len(outputs) == 1 else None
+    if own is None:
         return
-    wanted = _place(output)
-    for tensor in call.inputs:
-        place, memory = _place(tensor), memories.get(_storage(tensor))
+    for place in inputs:
+        memory = memories.get(place.storage)
         if memory is None or _root(memory).last != index or memory.num_bytes != own.num_bytes:
             continue
-        if place[1:] == wanted[1:] and sum(_storage(t) == place.storage for t in call.inputs) == 1:
+        if place.view == outputs[0].view and sum(p.storage == place.storage for p in inputs) == 1:
             own.shares = memory
             _root(memory).last = own.last
             return
@@ -455,33 +521,19 @@ def _signature(calls: Sequence[_Call], made: set[int], fixed: Mapping[int, torch
     labels: dict[int, Any] = {}
 
     def label(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, _Place):
             return value
-        place = _place(value)
-        if place.storage in fixed:
-            held = fixed[place.storage]
-            labels.setdefault(place.storage, (held.dtype, tuple(held.tolist())))
-        elif place.storage in made:
-            labels.setdefault(place.storage, f"#{len(labels)}")
-        return labels.get(place.storage, place.storage), *place[1:]
+        if value.storage in fixed:
+            held = fixed[value.storage]
+            labels.setdefault(value.storage, (held.dtype, tuple(held.tolist())))
+        elif value.storage in made:
+            labels.setdefault(value.storage, f"#{len(labels)}")
+        return labels.get(value.storage, value.storage), *value.view
 
     found = []
     for call in calls:
-        leaves, shape = tree_flatten((call.args, dict(call.kwargs), call.result))
+        leaves, shape = tree_flatten((call.args, call.kwargs, call.result))
         found.append((call.func, shape, [label(leaf) for leaf in leaves]))
-    return found
-
-
-def _changed(call: _Call) -> list[torch.Tensor]:
-    """The tensors among a call's inputs that it writes to."""
-    schema = call.func._schema
-    found = [t for place in _WRITES_UNTOLD.get(call.name, ()) for t in _tensors(call.args[place])]
-    if not schema.is_mutable:
-        return found
-    for place, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = call.args[place] if place < len(call.args) else call.kwargs.get(argument.name)
-            found += _tensors(given)
     return found
 
 
@@ -495,18 +547,14 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
 
 
+def _places(value: Any) -> list[_Place]:
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, _Place)]
+
+
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _place(tensor: torch.Tensor) -> _Place:
-    return _Place(
-        _storage(tensor), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
-    )
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of the memory that a tensor is a view of."""
-    storage = tensor.untyped_storage()
-    whole = torch.empty(0, dtype=tensor.dtype)
-    return whole.set_(storage, 0, (storage.nbytes() // tensor.itemsize,), (1,))
+def _whole(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.Tensor:
+    """All of a storage as a tensor."""
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))

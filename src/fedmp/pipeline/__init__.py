@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedmp.pipeline.compression import Compression
-from fedmp.pipeline.heap import keep_freed, keep_near_plan
+from fedmp.pipeline.heap import give_back, keep_freed, keep_near_plan
 from fedmp.pipeline.microbatches import BatchResult, MicroBatches, microbatch_sizes
 from fedmp.pipeline.options import Pace, RunnerOptions
 from fedmp.pipeline.runner import DeviceRunner
@@ -31,6 +31,7 @@ __all__ = [
     "RunnerOptions",
     "StageRunner",
     "Transport",
+    "give_back",
     "host_rendezvous",
     "join_rendezvous",
     "keep_freed",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-__all__ = ["keep_freed", "keep_near_plan"]
+__all__ = ["give_back", "keep_freed", "keep_near_plan"]
 
 _SLACK = 2.5  # what a process may grow to if malloc is left alone, in units of its plan; measured: up to 2.3
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's numbers of them
@@ -47,6 +47,14 @@ def keep_freed() -> bool:
         Whether malloc can be told so; it cannot be undone.
     """
     return _set({_MMAP_THRESHOLD: _KEPT_TENSOR_BYTES, _TRIM_THRESHOLD: _KEPT_BYTES})
+
+
+def give_back() -> None:
+    """Give freed memory back to the system once, as when work goes on that needs less of it."""
+    if sys.platform.startswith("linux"):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)
 
 
 def _set(options: dict[int, int]) -> bool:
