@@ -107,6 +107,16 @@ class ChunkTrainer:
         self._passes = Passes(module, work.objective, replays=work.replays)
         self._is_over = is_over
 
+    @property
+    def refusal(self) -> str:
+        """Why steps are not replayed; empty if they are, or may yet be."""
+        return self._passes.refusal
+
+    @property
+    def num_replayed(self) -> int:
+        """Passes that were replayed."""
+        return self._passes.num_replayed
+
     def train(self, batches: ChunkBatches, start: RoundStart, *, round: int) -> ChunkResult:
         """Train for one round from the weights in the module, which it moves.
 

@@ -29,10 +29,13 @@ __all__ = ["Pass", "Passes"]
 
 _RECORDED_FROM = 2  # passes of a kind that are not worth it
 _TOLERANCE = 1e-5  # of the largest entry; a replay does the same arithmetic, at other addresses
+_PAYS_AFTER = 16  # replays, when one more recording is worth it; so many are made anyway:
+_RECORDED_FREELY = 32
 _KINDS = 1024  # that are counted
 _TAPES_BYTES = 16 << 20  # that a chunk's tapes may hold, beside the one in use
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ONE_AT_A_TIME = threading.Lock()  # what is recorded and tried out takes memory meanwhile
+_TENSORS_OF = ("_parameters", "_buffers")  # a module; one that is replaced shows on the tape
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 
 
@@ -74,11 +77,13 @@ class Passes:
 
     Attributes:
         refusal: why they are not; empty while they may be.
+        num_replayed: passes that were replayed.
     """
 
     def __init__(self, module: StackedModule, objective: Objective, *, replays: bool) -> None:
         self._module, self._objective = module, objective
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._num_recorded = self.num_replayed = 0
         self.refusal = "" if replays else "not wanted"
         if any(getattr(one, name, None) for one in module.module.modules() for name in _HOOKS):
             self.refusal = "a module has hooks"
@@ -104,9 +109,9 @@ class Passes:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind()
-            self._forget()
+        self._kinds.move_to_end(key)
         if kind.tape is not None:
-            self._kinds.move_to_end(key)
+            self.num_replayed += 1
             for held, tensor in zip(kind.given, given, strict=True):
                 held.copy_(tensor)
             kind.tape.replay()
@@ -114,14 +119,16 @@ class Passes:
             sums, correct = kind.tape.results
             return sums, correct
         kind.seen += 1
-        if kind.seen <= _RECORDED_FROM:
+        may_record = self._num_recorded <= _RECORDED_FREELY + self.num_replayed // _PAYS_AFTER
+        if kind.seen <= _RECORDED_FROM or not may_record:
+            self._forget()
             return self._plainly(one.first, one.stop, *given)
-        try:
-            with _ONE_AT_A_TIME:
-                return self._record(kind, one, given)
-        finally:
-            if self.refusal:
-                self._kinds.clear()
+        self._num_recorded += 1
+        with _ONE_AT_A_TIME:
+            results = self._record(kind, one, given)
+        if self.refusal:
+            self._kinds.clear()
+        return results
 
     def _plainly(
         self, first: int, stop: int, inputs: torch.Tensor, targets: torch.Tensor, totals: torch.Tensor
@@ -199,7 +206,10 @@ def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def _python_state(model: nn.Module) -> Any:
     """What a forward could change or depend on, besides tensors: attributes of modules, generators."""
     drawn = np.random.get_state(legacy=False)
-    attributes = [{name: _comparable(value) for name, value in vars(one).items()} for one in model.modules()]
+    attributes = [
+        {name: _comparable(value) for name, value in vars(one).items() if name not in _TENSORS_OF}
+        for one in model.modules()
+    ]
     return random.getstate(), drawn["state"]["key"].tobytes(), drawn["state"]["pos"], attributes
 
 

@@ -98,13 +98,20 @@ class CohortTraining:
         keep_freed()
         self._free: queue.SimpleQueue[ChunkTrainer] = queue.SimpleQueue()
         num_buffers = work.optimizer.num_buffers if work.optimizer else 0
-        for _ in range(workers):
-            self._free.put(
-                ChunkTrainer(StackedModule(model, layout, chunk, num_buffers), work, self._is_over)
-            )
+        self._trainers = [
+            ChunkTrainer(StackedModule(model, layout, chunk, num_buffers), work, self._is_over)
+            for _ in range(workers)
+        ]
+        for trainer in self._trainers:
+            self._free.put(trainer)
         # each thread computes alone: two that share every operation wait for each other all the time, and for
         # whatever else wants a core; one of them that is put off then puts off both
         self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+    @property
+    def refusal(self) -> str:
+        """Why steps are not replayed; empty if they are, or may yet be."""
+        return next((trainer.refusal for trainer in self._trainers if trainer.refusal), "")
 
     def close(self) -> None:
         """End the threads, which an interrupt or an error may have left in the middle of a round."""

@@ -36,7 +36,7 @@ from fedmp.engine.job import Job
 from fedmp.engine.session import Session, plain_evaluation
 from fedmp.engine.setup import ClientSetup
 from fedmp.graph import state_specs
-from fedmp.records import Progress, state_key
+from fedmp.records import Note, Progress, state_key
 from fedmp.strategy import FedAvg, Scope, received_name
 from fedmp.updates import trained_names
 
@@ -87,12 +87,15 @@ class ManyAtOnce:
         session: the job under way, whose model was found to allow it; told of long rounds' progress.
         chunk: clients at once; None for as many as fit the cache.
         workers: threads; None for torch's number of threads.
+        replays: whether a chunk's steps may be recorded and replayed.
 
     Attributes:
         chunk, workers: as they are.
     """
 
-    def __init__(self, session: Session, *, chunk: int | None, workers: int | None) -> None:
+    def __init__(
+        self, session: Session, *, chunk: int | None, workers: int | None, replays: bool = True
+    ) -> None:
         prepared = session.prepared
         assert prepared.probe is not None
         job, found = prepared.job, prepared.probe
@@ -105,6 +108,7 @@ class ManyAtOnce:
         self._scope = job.strategy.scope(specs)
         self._slots = job.strategy.local_rule.received if job.strategy.local_rule else ()
         self._counts: dict[tuple[int, int], Counts] = {}
+        self._is_refusal_told = not replays
         self._store = StateStore(session.state_folder, is_durable=False)
         optimizer = flat_optimizer(job.optimizer)
         work = ChunkWork(
@@ -120,6 +124,7 @@ class ManyAtOnce:
             rule=job.strategy.local_rule,
             keeps_optimizer=job.strategy.keeps_optimizer,
             own=self._scope.own,
+            replays=replays,
         )
         self.workers = workers or torch.get_num_threads()
         copies = 2 + (optimizer.num_buffers if optimizer else 0) + (len(work.rule.kept) if work.rule else 0)
@@ -206,6 +211,9 @@ class ManyAtOnce:
             on_chunk=self._teller(members.clients, samples, round),
         )
         result.evaluation.copy_(evaluation)
+        if self._training.refusal and not self._is_refusal_told:
+            self._is_refusal_told = True
+            self._session.observe(Note(f"the model's own Python runs in each step: {self._training.refusal}"))
         return result
 
     def updates(

@@ -37,6 +37,8 @@ class SimulateEngine(Component):
             where it gives the same result, and says so where it does not.
         chunk: clients at once; None for as many as fit the cache.
         workers: threads that train chunks; None for as many as torch uses.
+        replay: record the operations of a chunk's step, and run these alone from then on; only where that gives the
+            same. False runs the model's Python in each step.
         checkpoint_s: seconds between checkpoints where many clients are trained at once; 0 for one a round.
         ranks: how several processes talk, if torchrun or srun started them.
     """
@@ -44,6 +46,7 @@ class SimulateEngine(Component):
     cohort: Literal["auto", "vectorized", "sequential"] = "auto"
     chunk: int | None = Field(default=None, ge=1)
     workers: int | None = Field(default=None, ge=1)
+    replay: bool = True
     checkpoint_s: float = Field(default=2.0, ge=0)
     ranks: RankSettings = RankSettings()
 
@@ -93,7 +96,7 @@ class SimulateEngine(Component):
             clients = SimulatedClients(session, _with_ranks(session, self._one_by_one(session)))
             startup_s = time.monotonic() - session.started_s
             return Outcome(run_session(session, round_settings(session), clients), startup_s)
-        trainer = ManyAtOnce(session, chunk=self.chunk, workers=self.workers)
+        trainer = self._at_once(session)
         told = f"clients are trained {trainer.chunk} at once by {trainer.workers} threads"
         if session.ranks is not None:
             told += f" of each of {session.ranks.size} processes"
@@ -109,6 +112,9 @@ class SimulateEngine(Component):
             return Outcome(run_session(session, round_settings(session), clients), startup_s)
         finally:
             trainer.close()
+
+    def _at_once(self, session: Session) -> ManyAtOnce:
+        return ManyAtOnce(session, chunk=self.chunk, workers=self.workers, replays=self.replay)
 
     def _one_by_one(self, session: Session) -> OneByOne:
         return OneByOne(session, is_exact=self.cohort == "sequential")
@@ -126,7 +132,7 @@ class SimulateEngine(Component):
         assert ranks is not None
         if not _is_at_once(session.prepared):
             return serve(ranks, self._one_by_one(session), clients)
-        trainer = ManyAtOnce(session, chunk=self.chunk, workers=self.workers)
+        trainer = self._at_once(session)
         try:
             return serve(ranks, trainer, clients)
         finally:
