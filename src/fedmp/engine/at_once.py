@@ -128,7 +128,8 @@ class ManyAtOnce:
         )
         self.workers = workers or torch.get_num_threads()
         copies = 2 + (optimizer.num_buffers if optimizer else 0) + (len(work.rule.kept) if work.rule else 0)
-        self.chunk = chunk or _fitting_chunk(self._layout, copies, found, prepared.num_clients)
+        cohort = job.strategy.closing(prepared.num_clients).num_training
+        self.chunk = chunk or _fitting_chunk(self._layout, copies, found, -(-cohort // self.workers))
         self._training = CohortTraining(
             prepared.model,
             self._layout,
@@ -311,7 +312,7 @@ def _slot(handed_out: Mapping[str, torch.Tensor], slot: str, name: str) -> torch
     return torch.zeros_like(handed_out[name]) if tensor is None else tensor
 
 
-def _fitting_chunk(layout: FlatLayout, copies: int, found: Probe, population: int) -> int:
-    """Clients whose weights, gradients, optimizer state and activations fit the cache."""
+def _fitting_chunk(layout: FlatLayout, copies: int, found: Probe, most: int) -> int:
+    """Clients whose weights, gradients, optimizer state and activations fit the cache; no more than ever train."""
     per_client = 4 * layout.size * copies + found.activation_bytes
-    return max(_LEAST_CHUNK, min(_CACHE_BYTES // max(per_client, 1), population))
+    return max(1, min(max(_LEAST_CHUNK, _CACHE_BYTES // max(per_client, 1)), most))
