@@ -75,7 +75,11 @@ def after_rounds(trainer: ChunkTrainer, model: nn.Module, sizes: tuple[int, ...]
         )
         told = trainer.train(batches, start, round=round)
         found += [told.loss_sums, told.weights, told.num_correct]
-    return [*found, trainer.module.parameters.clone(), *(b.clone() for b in trainer.module.buffers.values())]
+    return [
+        *found,
+        trainer.module.parameters.rows(CLIENTS),
+        *(b.clone() for b in trainer.module.buffers.values()),
+    ]
 
 
 def of_images(num_samples: int) -> Dataset:

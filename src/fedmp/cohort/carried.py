@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from fedmp.cohort.module import StackedModule
+from fedmp.cohort.module import ByParameter, StackedModule
 from fedmp.cohort.start import RoundStart
 from fedmp.strategy import kept_name
 
@@ -43,24 +43,23 @@ class Carried:
         work: what its clients do.
 
     Attributes:
-        kept: [K, P] the rule's tensors, by slot.
+        kept: the rule's tensors, by slot.
     """
 
     def __init__(self, module: StackedModule, work: ChunkWork) -> None:
         self._module, self._work = module, work
         slots = work.rule.kept if work.rule else ()
-        self.kept = {slot: torch.zeros_like(module.parameters) for slot in slots}
-        self._steps = torch.zeros(len(module.parameters), 1, dtype=torch.float64)
+        num_clients, dtype = len(module.parameters.parts[0]), module.parameters.flat.dtype
+        self.kept = {slot: ByParameter(module.layout, num_clients, dtype) for slot in slots}
+        self._steps = torch.zeros(num_clients, 1, dtype=torch.float64)
         self._names = [name for name in module.layout.names if name not in work.own]
 
     def begin(self, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Take the clients' states over; the module holds the global model already."""
-        for rows in self.kept.values():
-            rows[: len(states)].zero_()
+        held = [*self.kept.values(), *(self._module.state if self._work.keeps_optimizer else ())]
+        for own in held:
+            own.clear(len(states))
         self._steps.zero_()
-        if self._work.keeps_optimizer:
-            for rows in self._module.state:
-                rows[: len(states)].zero_()
         for place, state in enumerate(states):
             self._begin_client(place, state)
 
@@ -81,13 +80,13 @@ class Carried:
             start: of the round.
         """
         states: list[dict[str, torch.Tensor]] = [{} for _ in num_steps]
-        for slot, rows in self._after(rate_sums, start).items():
-            for name in self._names:
-                self._deal(states, rows, name, kept_name(slot, name))
+        for name in self._names if self.kept else ():
+            for slot, part in self._after(name, rate_sums, start).items():
+                self._deal(states, part, name, kept_name(slot, name))
         if self._work.keeps_optimizer and self._work.optimizer is not None:
-            for key, rows in zip(self._work.optimizer.state_names, self._module.state, strict=True):
+            for key, own in zip(self._work.optimizer.state_names, self._module.state, strict=True):
                 for name in self._module.layout.names:
-                    self._deal(states, rows, name, f"optimizer/{key}/{name}")
+                    self._deal(states, own.of(name), name, f"optimizer/{key}/{name}")
             if self._work.optimizer.counts_steps:
                 for place, made in enumerate(num_steps):
                     total = self._steps[place, 0].float() + made
@@ -96,7 +95,7 @@ class Carried:
                     )
         for name in self._work.own:
             if name in self._module.layout.spans:
-                self._deal(states, self._module.parameters, name, f"own/{name}")
+                self._deal(states, self._module.parameters.of(name), name, f"own/{name}")
                 continue
             for place, state in enumerate(states):
                 statistics = self._module.buffers.get(name)
@@ -105,22 +104,18 @@ class Carried:
         return states
 
     def _begin_client(self, place: int, state: Mapping[str, torch.Tensor]) -> None:
-        rows_of = {f"kept/{slot}": rows for slot, rows in self.kept.items()}
+        held = {f"kept/{slot}": own for slot, own in self.kept.items()}
         if self._work.keeps_optimizer and self._work.optimizer is not None:
             names = self._work.optimizer.state_names
-            rows_of.update(
-                {f"optimizer/{key}": rows for key, rows in zip(names, self._module.state, strict=True)}
-            )
-        rows_of["own"] = self._module.parameters
-        spans = self._module.layout.spans
+            held.update({f"optimizer/{key}": own for key, own in zip(names, self._module.state, strict=True)})
+        held["own"] = self._module.parameters
         for full, tensor in state.items():
             kind, _, name = full.partition("/")
             if kind != "own":
                 what, _, name = name.partition("/")
                 kind = f"{kind}/{what}"
-            if kind in rows_of and name in spans:
-                begin, end, _ = spans[name]
-                rows_of[kind][place, begin:end] = tensor.flatten()
+            if kind in held and name in self._module.layout.spans:
+                held[kind].of(name)[place] = tensor.flatten()
             elif kind == "own" and name in self._module.buffers:
                 self._module.buffers[name][place] = tensor
             if kind == "optimizer/step":
@@ -129,22 +124,22 @@ class Carried:
                 self._steps[place].clamp_(min=1)  # no fresh one, whether it counts its steps or not
 
     @torch.no_grad()
-    def _after(self, rate_sums: torch.Tensor, start: RoundStart) -> dict[str, torch.Tensor]:
-        """[K, P] the rule's tensors after the round, by slot."""
-        if self._work.rule is None or not self.kept:
-            return {}
-        clients, parameters = len(rate_sums), self._module.parameters
+    def _after(self, name: str, rate_sums: torch.Tensor, start: RoundStart) -> dict[str, torch.Tensor]:
+        """[K, n] the rule's tensors of one parameter after the round, by slot."""
+        assert self._work.rule is not None
+        begin, end, _ = self._module.layout.spans[name]
+        clients, parameters = len(rate_sums), self._module.parameters.of(name)
         return self._work.rule.keep(
-            parameters[:clients] - start.parameters,
-            received=start.received,
-            kept={slot: rows[:clients] for slot, rows in self.kept.items()},
+            parameters[:clients] - start.parameters[begin:end],
+            received={slot: row[begin:end] for slot, row in start.received.items()},
+            kept={slot: own.of(name)[:clients] for slot, own in self.kept.items()},
             rate_sum=rate_sums.unsqueeze(1).to(parameters.dtype),
         )
 
     def _deal(
-        self, states: Sequence[dict[str, torch.Tensor]], rows: torch.Tensor, name: str, full: str
+        self, states: Sequence[dict[str, torch.Tensor]], part: torch.Tensor, name: str, full: str
     ) -> None:
-        """Give each client its own of a parameter's stacked tensors."""
-        begin, end, shape = self._module.layout.spans[name]
+        """Give each client its own of a parameter's, [K, n]."""
+        shape = self._module.layout.spans[name].shape
         for place, state in enumerate(states):
-            state[full] = rows[place, begin:end].view(shape).clone()
+            state[full] = part[place].view(shape).clone()

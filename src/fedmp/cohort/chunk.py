@@ -141,8 +141,7 @@ class ChunkTrainer:
             active = batches.num_active(first)
             group = range(first, min(first + every, longest))
             if every > 1:
-                for gradient in self.module.gradients:
-                    gradient[:active].zero_()
+                self.module.gradients.clear(active)
             self.module.begin_step(is_cleared=every > 1)
             drawn = [self._draw(batches, samples, batch) for batch in group]
             total = None
@@ -197,32 +196,37 @@ class ChunkTrainer:
         work, module = self._work, self.module
         assert work.optimizer is not None
         places = module.with_gradient(ranges)
-        gradients = [module.gradients[place][:active] for place in places]
+        gradients = [module.gradients.parts[place][:active] for place in places]
         if work.max_gradient_norm is not None:
             squares = sum(
-                (own.square().sum(1, keepdim=True) for own in gradients),
-                module.parameters.new_zeros(active, 1),
+                (own.square().sum(1, keepdim=True) for own in gradients), gradients[0].new_zeros(active, 1)
             )
             scale = (work.max_gradient_norm / (squares.sqrt() + _EPSILON)).clamp(max=1.0)
             for own in gradients:
                 own.mul_(scale)
+        if work.rule is not None:
+            for place in places:
+                if module.layout.names[place] not in work.own:
+                    self._correct(work.rule, place, active, start)
         made = self.carried.steps(active, step) if work.keeps_optimizer else step
+        parameters, state = module.parameters, module.state
+        is_whole = active == len(parameters.parts[0]) and len(places) == len(parameters.parts)
+        if is_whole and isinstance(made, int) and isinstance(lr, float):  # no client differs from the others
+            work.optimizer.step(parameters.flat, module.gradients.flat, [s.flat for s in state], made, lr)
+            return
         for place, own in zip(places, gradients, strict=True):
-            begin, end = module.layout.offsets[place : place + 2]
-            if work.rule is not None and module.layout.names[place] not in work.own:
-                self._correct(work.rule, own, slice(begin, end), start)
-            state = [buffer[:active, begin:end] for buffer in module.state]
-            work.optimizer.step(module.parameters[:active, begin:end], own, state, made, lr)
+            buffers = [buffer.parts[place][:active] for buffer in state]
+            work.optimizer.step(parameters.parts[place][:active], own, buffers, made, lr)
 
-    def _correct(self, rule: LocalRule, gradient: torch.Tensor, span: slice, start: RoundStart) -> None:
-        """Let a rule correct the gradients of a parameter that is the federation's, [K, n]."""
-        active = len(gradient)
+    def _correct(self, rule: LocalRule, place: int, active: int, start: RoundStart) -> None:
+        """Let a rule correct the gradients of a parameter that is the federation's."""
+        gradient, span = self.module.gradients.parts[place][:active], self.module.layout.slices[place]
         corrected = rule.correct(
             gradient,
-            self.module.parameters[:active, span],
+            self.module.parameters.parts[place][:active],
             start=start.parameters[span],
             received={slot: tensor[span] for slot, tensor in start.received.items()},
-            kept={slot: rows[:active, span] for slot, rows in self.carried.kept.items()},
+            kept={slot: own.parts[place][:active] for slot, own in self.carried.kept.items()},
         )
         gradient.copy_(corrected)
 
@@ -239,7 +243,7 @@ class ChunkTrainer:
             rates[count] = work.optimizer.lr * work.learning_rate.factor(progress)
         if len(rates) == 1:
             return rates[counts[0]]
-        return self.module.parameters.new_tensor([[rates[count]] for count in counts])
+        return self.module.parameters.flat.new_tensor([[rates[count]] for count in counts])
 
 
 class _Samples:

@@ -1,7 +1,7 @@
-"""A module whose parameters are many clients' at once, as views of one flat tensor.
+"""A module whose parameters are many clients' at once.
 
-Gradients are a tensor of their own for each parameter, with the clients' parts side by side: a batched product
-writes such a tensor at once, but rows of a wider one client by client.
+Of each parameter the clients' parts lie side by side: a batched product writes such a tensor at once, but rows of a
+wider one client by client.
 
 Shape letters: K clients of a chunk, P trained parameters of one client.
 """
@@ -20,7 +20,7 @@ from torch import nn
 from fedmp.cohort.registry import CannotStackError, module_rule_of
 from fedmp.cohort.stacked import Slot, Stacked, leaf_of, stack
 
-__all__ = ["FlatLayout", "StackedModule", "flat_layout", "own_statistics"]
+__all__ = ["ByParameter", "FlatLayout", "StackedModule", "flat_layout", "own_statistics"]
 
 
 class Span(NamedTuple):
@@ -56,14 +56,57 @@ class FlatLayout:
         """P, entries of one client's row."""
         return self.offsets[-1]
 
-    def views(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Each parameter of `rows`, which are [P] or [K, P], as a view."""
-        spans = zip(self.offsets, self.offsets[1:], self.shapes, strict=False)
-        return [rows[..., a:b].view(*rows.shape[:-1], *shape) for a, b, shape in spans]
+    @property
+    def slices(self) -> list[slice]:
+        """Where each parameter lies in a row."""
+        return list(map(slice, self.offsets, self.offsets[1:]))
 
-    def by_name(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same, by name."""
-        return dict(zip(self.names, self.views(rows), strict=True))
+    def by_name(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each parameter of a row, [P], as a view."""
+        return {name: row[begin:end].view(shape) for name, (begin, end, shape) in self.spans.items()}
+
+
+class ByParameter:
+    """Something of each entry of many clients' parameters.
+
+    Args:
+        layout: of the parameters.
+        num_clients: K.
+        dtype: of the entries.
+
+    Attributes:
+        flat: [K P], all of it.
+        parts: [K, n] of each parameter of n entries, in the layout's order, as views.
+    """
+
+    def __init__(self, layout: FlatLayout, num_clients: int, dtype: torch.dtype) -> None:
+        self._layout = layout
+        self.flat = torch.zeros(num_clients * layout.size, dtype=dtype)
+        sizes = [num_clients * shape.numel() for shape in layout.shapes]
+        self.parts: list[torch.Tensor] = [part.view(num_clients, -1) for part in self.flat.split(sizes)]
+
+    def of(self, name: str) -> torch.Tensor:
+        """[K, n] of one parameter."""
+        return self.parts[self._layout.names.index(name)]
+
+    def views(self, first: int, stop: int) -> list[torch.Tensor]:
+        """[stop - first, ...] of each parameter, in its shape, as views."""
+        pairs = zip(self.parts, self._layout.shapes, strict=True)
+        return [part[first:stop].view(-1, *shape) for part, shape in pairs]
+
+    def rows(self, num_clients: int) -> torch.Tensor:
+        """[num_clients, P] a copy of the first so many clients' rows."""
+        return torch.cat([part[:num_clients] for part in self.parts], 1)
+
+    def load(self, row: torch.Tensor, num_clients: int) -> None:
+        """Give the first so many clients the same row, [P]."""
+        for part, span in zip(self.parts, self._layout.slices, strict=True):
+            part[:num_clients].copy_(row[span])
+
+    def clear(self, num_clients: int) -> None:
+        """Set the first so many clients' entries to zero."""
+        for part in self.parts:
+            part[:num_clients].zero_()
 
 
 def flat_layout(model: nn.Module) -> FlatLayout:
@@ -94,9 +137,8 @@ class StackedModule:
         num_buffers: of the optimizer.
 
     Attributes:
-        parameters: [K, P].
-        gradients: [K, n] of each parameter of n entries, in the layout's order.
-        state: of the optimizer, as many tensors alike.
+        parameters, gradients: of the clients.
+        state: of the optimizer, alike.
         buffers: of statistics that differ by client, [K, ...] by name.
     """
 
@@ -105,9 +147,9 @@ class StackedModule:
         self.module.train()
         self.layout = layout
         dtype = next((p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
-        self.parameters = torch.zeros(num_clients, layout.size, dtype=dtype)
-        self.gradients = [self.parameters.new_zeros(num_clients, shape.numel()) for shape in layout.shapes]
-        self.state = [torch.zeros_like(self.parameters) for _ in range(num_buffers)]
+        self.parameters, self.gradients, *self.state = (
+            ByParameter(layout, num_clients, dtype) for _ in range(2 + num_buffers)
+        )
         self.buffers = {
             name: tensor.new_zeros((num_clients, *tensor.shape))
             for name, tensor in own_statistics(model).items()
@@ -125,7 +167,7 @@ class StackedModule:
 
     def load(self, start: torch.Tensor, buffers: Mapping[str, torch.Tensor], num_clients: int) -> None:
         """Give the first so many clients the same weights, [P], and statistics; [K, ...] where they differ."""
-        self.parameters[:num_clients].copy_(start)
+        self.parameters.load(start, num_clients)
         for name, buffer in self.buffers.items():
             buffer[:num_clients].copy_(buffers[name])
 
@@ -174,7 +216,7 @@ class StackedModule:
     def tensors(self) -> list[torch.Tensor]:
         """All that passes read and write: weights, gradients, and the model's own tensors, frozen ones among them."""
         own = [*self.module.parameters(), *self.module.buffers()]
-        return [self.parameters, *self.gradients, *self.buffers.values(), *own]
+        return [self.parameters.flat, self.gradients.flat, *self.buffers.values(), *own]
 
     def with_gradient(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
         """Places, in the layout, of the parameters that have a gradient: usually all."""
@@ -199,11 +241,8 @@ class StackedModule:
         return self._ranges[first, stop]
 
     def _make_range(self, first: int, stop: int) -> _Range:
-        leaves = [leaf_of(view) for view in self.layout.views(self.parameters[first:stop])]
-        slots = [
-            Slot(own[first:stop].unflatten(1, shape) if shape else own[first:stop, 0])
-            for own, shape in zip(self.gradients, self.layout.shapes, strict=True)
-        ]
+        leaves = [leaf_of(view) for view in self.parameters.views(first, stop)]
+        slots = [Slot(view) for view in self.gradients.views(first, stop)]
         for leaf, slot in zip(leaves, slots, strict=True):
             leaf.slot = slot
             slot.is_written = self._is_cleared  # of this step, which may have begun before

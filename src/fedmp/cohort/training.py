@@ -223,9 +223,8 @@ class CohortTraining:
         result.weights[places] = trained.weights.double()
         result.num_correct[places] = trained.num_correct.double()
         result.rate_sums[places] = trained.rate_sums
-        parameters = module.parameters[: len(members)]
         if result.parameters.shape[0]:
-            result.parameters[places] = parameters
+            result.parameters[places] = module.parameters.rows(len(members))
         weights = torch.tensor([cohort.weights[k] for k in members], dtype=torch.float64)
         statistics = {}
         for name, buffer in module.buffers.items():
@@ -233,7 +232,9 @@ class CohortTraining:
             if name in result.own_buffers:
                 result.own_buffers[name][places] = own
             statistics[name] = torch.tensordot(weights, own.double(), 1)
-        return torch.mv(parameters.t(), weights.to(parameters.dtype)), statistics
+        shares = weights.to(result.total.dtype)
+        total = torch.cat([torch.mv(part[: len(members)].t(), shares) for part in module.parameters.parts])
+        return total, statistics
 
 
 def _cut(order: Sequence[int], most: int, workers: int) -> list[Sequence[int]]:
