@@ -322,3 +322,41 @@ def test_updates_are_summed_chunk_by_chunk_where_only_their_mean_is_wanted() -> 
     assert summed.parameters.numel() == 0
     expected = torch.tensor(cohort.weights) @ kept.parameters
     torch.testing.assert_close(summed.total, expected)
+
+
+class Counting(nn.Module):
+    """A forward that changes something besides tensors, and goes by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.layer(x.flatten(1)) * (1.0 if self.calls < 12 else 0.5)
+
+
+@pytest.mark.parametrize("model", [TINY_MLP, CNN])
+def test_replayed_steps_give_what_the_models_python_gives(model: Any, tmp_path: Path) -> None:
+    found = []
+    for replay in (True, False):
+        told: list[Event] = []
+        job = ragged_job(model=partial(Double, model), rounds=2)
+        engine = SimulateEngine(replay=replay)
+        found.append(job.run(engine, run_dir=tmp_path / str(replay), observe=told.append))
+        assert not [event for event in told if isinstance(event, Note) and "own Python" in event.message]
+    assert_same(weights(found[0]), weights(found[1]), **FLOAT64)
+
+
+def test_a_model_whose_steps_cannot_be_replayed_runs_its_python_and_a_note_says_so(tmp_path: Path) -> None:
+    found, told = [], list[Event]()
+    for replay in (True, False):
+        job = ragged_job(model=partial(Double, Counting), rounds=4)
+        engine = SimulateEngine(replay=replay, workers=1, chunk=10)
+        found.append(job.run(engine, run_dir=tmp_path / str(replay), observe=told.append))
+    notes = [event.message for event in told if isinstance(event, Note) and "own Python" in event.message]
+    assert notes == [
+        "the model's own Python runs in each step: its forward changes something besides tensors"
+    ]
+    assert_same(weights(found[0]), weights(found[1]), **FLOAT64)
