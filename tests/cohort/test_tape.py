@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedmp.cohort.tape import CannotReplayError, Tape, record
+from fedmp.cohort.recording import record
+from fedmp.cohort.tape import CannotReplayError, Tape
 
 Made = tuple[torch.Tensor, ...]
 
@@ -43,13 +44,26 @@ def constants(x: torch.Tensor, w: torch.Tensor) -> Made:
     return (x * mask + moved) * scale.view(2, 1, 1, 1), F.embedding(places, w.view(24, 2)), mask
 
 
+def indexed(x: torch.Tensor, w: torch.Tensor) -> Made:
+    order = torch.tensor([2, 0, 1])
+    y = x[:, order]
+    y[torch.tensor([1]), :, 2] = w[:5].view(1, 1, 5)
+    return y, x.gather(2, torch.zeros(2, 3, 1, 5, dtype=torch.int64)), y.sort(3).values, torch.stack([y, x])
+
+
+def cut(x: torch.Tensor, w: torch.Tensor) -> Made:
+    first, rest = torch.split(w, [8, 40])
+    a, b = torch.aminmax(rest)
+    return (*torch.unbind(first.view(2, 4)), torch.lerp(a, b, 0.25), F.gelu(x), F.pad(x, (1, 1), value=2.0))
+
+
 def statistics(x: torch.Tensor, w: torch.Tensor) -> Made:
     mean, var = torch.zeros(3), torch.ones(3)
     y = F.batch_norm(x, mean, var, training=True)
     return y, mean, var, F.layer_norm(y, (5,), w[:5])
 
 
-@pytest.mark.parametrize("function", [image_net, in_place, constants, statistics])
+@pytest.mark.parametrize("function", [image_net, in_place, constants, indexed, cut, statistics])
 def test_a_replay_gives_what_the_function_gives(function: Callable[..., Made]) -> None:
     x, w = torch.randn(2, 3, 5, 5), torch.randn(48)
     tape = taped(lambda: function(x, w), [x, w])

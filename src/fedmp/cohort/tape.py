@@ -2,9 +2,9 @@
 
 A chunk's step is some thirty operations of a few dozen microseconds. Between them the model's forward, autograd and
 the batched rules take as long again, and hold Python's lock meanwhile, for which the other threads wait. A `Tape`
-keeps just the operations, as they arrive below autograd (`torch.utils._python_dispatch`): views are made once, results
-go to memory planned beforehand, where those that do not live at the same time share their places, and torch's own
-interpreter runs one operation after another, without Python and its lock.
+keeps just the operations: views are made once, results go to memory planned beforehand, where those that do not live at
+the same time share their places, and torch's own interpreter runs one operation after another, without Python and its
+lock.
 
 What is recorded must not depend on anything but the tensors that it reads; `is_same` tells two recordings apart.
 """
@@ -13,172 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, NamedTuple, TypeVar
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
-__all__ = ["CannotReplayError", "Recording", "Tape", "record"]
+from fedmp.cohort.recording import Call, Place, Recording, storage_of
+
+__all__ = ["CannotReplayError", "Tape"]
 
 _ALIGNMENT = 64  # bytes, as torch aligns its own memory
 _MOST_FIXED = 4096  # entries of a tensor that comes from nowhere, to be compared by value
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-_LIKE = {
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-}  # read shapes, no values
-_WRITES_UNTOLD = {"native_batch_norm": (3, 4)}  # arguments that change, which the schema does not say
-_DROPOUT_AT = {"_scaled_dot_product_flash_attention_for_cpu": 3}  # the argument; without, nothing is random
-_MOVES_MEMORY = {"set_", "resize_", "resize_as_"}
-
-T = TypeVar("T")
 aten = torch.ops.aten
 
 
 class CannotReplayError(Exception):
     """What was recorded cannot be replayed."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A tensor as a view of a storage."""
-
-    storage: int
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def view(self) -> tuple[Any, ...]:
-        """The same of whatever storage."""
-        return self.offset, self.size, self.stride, self.dtype
-
-
-@dataclass(eq=False)
-class _Call:
-    """An operation as it was recorded, with the places of its tensors."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    result: Any
-
-    @cached_property
-    def inputs(self) -> list[_Place]:
-        return _places((self.args, self.kwargs))
-
-    @cached_property
-    def outputs(self) -> list[_Place]:
-        return _places(self.result)
-
-    @property
-    def name(self) -> str:
-        return str(self.func._schema.name).partition("::")[2]
-
-    @cached_property
-    def read(self) -> set[int]:
-        """Storages of the inputs."""
-        return {place.storage for place in self.inputs}
-
-    @cached_property
-    def left(self) -> set[int]:
-        """Storages of the outputs."""
-        return {place.storage for place in self.outputs}
-
-    @cached_property
-    def changed(self) -> set[int]:
-        """Storages among the inputs' that it writes to."""
-        schema = self.func._schema
-        places = [p for index in _WRITES_UNTOLD.get(self.name, ()) for p in _places(self.args[index])]
-        for index, argument in enumerate(schema.arguments if schema.is_mutable else ()):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = self.args[index] if index < len(self.args) else self.kwargs.get(argument.name)
-                places += _places(given)
-        return {place.storage for place in places}
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether its results depend on no tensor's values."""
-        return not self.inputs or self.name in _LIKE
-
-
-class Recording(TorchDispatchMode):
-    """The operations under way, in their order. Their tensors are not kept, but for those that were there before.
-
-    Attributes:
-        calls: the operations.
-        refusal: why they cannot be replayed; empty if they can.
-        num_bytes: of each storage.
-        held: storages that were there before, or are the same each time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[_Call] = []
-        self.refusal = ""
-        self.num_bytes: dict[int, int] = {}
-        self.held: dict[int, torch.UntypedStorage] = {}
-        self._seen: list[StorageWeakRef] = []  # as long as these are there, no number is given twice
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """False: nothing of this is compiled, and being kept from it imports torch's compiler (1 s)."""
-        return False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation, and note it."""
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-            if not self.refusal:
-                self._note(func, args, kwargs or {}, result)
-        return result
-
-    def place(self, tensor: torch.Tensor) -> _Place:
-        """Where a tensor lies that was recorded and is still there."""
-        storage = tensor.untyped_storage()
-        number = int(storage._cdata)
-        if number not in self.num_bytes:
-            self.num_bytes[number] = storage.nbytes()
-            self._seen.append(StorageWeakRef(storage))
-        size, stride = tuple(tensor.shape), tensor.stride()
-        return _Place(number, int(tensor.storage_offset()), size, stride, tensor.dtype)
-
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-        self.refusal = _refusal(func, args, [*inputs, *outputs])
-        if self.refusal:
-            self.calls.clear()
-            return
-        for tensor in inputs:
-            storage = tensor.untyped_storage()
-            if int(storage._cdata) not in self.num_bytes:
-                self.held[int(storage._cdata)] = storage
-
-        def placed(value: Any) -> Any:
-            return self.place(value) if isinstance(value, torch.Tensor) else value
-
-        call = _Call(func, *(tree_map(placed, value) for value in (args, dict(kwargs), result)))
-        if call.is_fixed:
-            self.held.update((int(t.untyped_storage()._cdata), t.untyped_storage()) for t in outputs)
-        self.calls.append(call)
-
-
-def record(run: Callable[[], T]) -> tuple[T, Recording]:
-    """Run something and record its operations, those of a backward in this thread among them."""
-    recording = Recording()
-    with recording:
-        result = run()
-    return result, recording
 
 
 @dataclass(eq=False)
@@ -221,7 +73,11 @@ class Tape:
         if recording.refusal:
             raise CannotReplayError(recording.refusal)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            self._build(recording, {_storage(t) for t in known}, [recording.place(t) for t in results])
+            places = [recording.place(tensor) for tensor in results]
+            try:
+                self._build(recording, {storage_of(tensor) for tensor in known}, places)
+            except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # a private API is not there
+                raise CannotReplayError(f"it cannot be written down: {error!r:.200}") from error
 
     def is_same(self, other: Tape) -> bool:
         """Whether both do the same on the same memory."""
@@ -238,7 +94,7 @@ class Tape:
         """The known tensors that it changes, whole."""
         return self._written
 
-    def _build(self, recording: Recording, known: set[int], results: Sequence[_Place]) -> None:
+    def _build(self, recording: Recording, known: set[int], results: Sequence[Place]) -> None:
         wanted = {place.storage for place in results}
         made, fixed = _origins(recording, known)
         constant = _constants(recording.calls, made)
@@ -291,8 +147,8 @@ class _Program:
         self._arena, self._memories, self._held = arena, memories, held
         self._graph: Any = torch._C.Graph()
         self._given: list[torch.Tensor] = []
-        self._inputs: dict[_Place, tuple[torch.Tensor, Any]] = {}
-        self._fresh: dict[int, tuple[_Place, Any]] = {}
+        self._inputs: dict[Place, tuple[torch.Tensor, Any]] = {}
+        self._fresh: dict[int, tuple[Place, Any]] = {}
 
     def add(self, plan: _Plan, result: Any) -> None:
         """Add a call, and what it gave when it was recorded."""
@@ -304,10 +160,10 @@ class _Program:
         if plan.is_fresh:
             found = result if isinstance(result, tuple) else [result]
             for index, place in enumerate(found):
-                if isinstance(place, _Place):
+                if isinstance(place, Place):
                     self._fresh[place.storage] = place, node.outputsAt(index)
 
-    def result(self, place: _Place) -> torch.Tensor:
+    def result(self, place: Place) -> torch.Tensor:
         """Where to read a result after each replay."""
         if place.storage not in self._fresh:
             return self._input(place)[0]
@@ -324,7 +180,7 @@ class _Program:
 
     def _value(self, value: Any, kind: Any = None) -> Any:
         """A value in the graph."""
-        if isinstance(value, _Place):
+        if isinstance(value, Place):
             if value.storage not in self._fresh:
                 return self._input(value)[1]
             base, made = self._fresh[value.storage]
@@ -340,7 +196,7 @@ class _Program:
             value = float(value)
         return self._constant(list(value) if isinstance(value, tuple) else value)
 
-    def _input(self, place: _Place) -> tuple[torch.Tensor, Any]:
+    def _input(self, place: Place) -> tuple[torch.Tensor, Any]:
         """A tensor that is there from one replay to the next, as a plain one, and as a value in the graph."""
         if place not in self._inputs:
             tensor, memory = torch.empty(0, dtype=place.dtype), self._memories.get(place.storage)
@@ -371,7 +227,7 @@ class _Program:
             raise CannotReplayError(f"{value!r} cannot be on a tape") from error
 
 
-def _plan(call: _Call) -> _Plan:
+def _plan(call: Call) -> _Plan:
     """Have a call write its results where they are to be, if it can."""
     if call.func._schema.is_mutable:
         return _Plan(call.func, call.args, call.kwargs)
@@ -406,24 +262,6 @@ def _out_overload(func: Any) -> tuple[Any, list[str]] | None:
     return None
 
 
-def _refusal(func: Any, args: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> str:
-    """Why a call cannot be on a tape; empty if it can."""
-    if not isinstance(func, torch._ops.OpOverload):
-        return f"{func} is no plain operation"
-    name, tags = str(func._schema.name).partition("::")[2], set(func.tags)
-    if tags & {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}:
-        return f"{name} lets values decide what is computed"
-    dropout = args[_DROPOUT_AT[name] :][:1] if name in _DROPOUT_AT else (1.0,)
-    if torch.Tag.nondeterministic_seeded in tags and dropout not in ((), (0.0,)):
-        return f"{name} draws random numbers"
-    if name in _MOVES_MEMORY:
-        return f"{name} moves a tensor"
-    for tensor in tensors:
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype.is_complex:
-            return f"{name} of a tensor that is not plain"
-    return ""
-
-
 def _origins(recording: Recording, known: set[int]) -> tuple[set[int], dict[int, torch.Tensor]]:
     """Storages that come into being on the way, and small ones that come from nowhere, like a literal's.
 
@@ -445,7 +283,7 @@ def _origins(recording: Recording, known: set[int]) -> tuple[set[int], dict[int,
     return made, fixed
 
 
-def _constants(calls: Sequence[_Call], made: set[int]) -> set[int]:
+def _constants(calls: Sequence[Call], made: set[int]) -> set[int]:
     """Storages that hold the same after every replay: made of no tensor's values and never changed."""
     found: set[int] = set()
     for call in calls:
@@ -455,7 +293,7 @@ def _constants(calls: Sequence[_Call], made: set[int]) -> set[int]:
     return found
 
 
-def _needed(calls: Sequence[_Call], wanted: set[int], constant: set[int]) -> list[_Call]:
+def _needed(calls: Sequence[Call], wanted: set[int], constant: set[int]) -> list[Call]:
     """The calls whose results anything depends on; views are none of them."""
     needed, kept = set(wanted), []
     for call in reversed(calls):
@@ -468,7 +306,7 @@ def _needed(calls: Sequence[_Call], wanted: set[int], constant: set[int]) -> lis
 
 
 def _lifetimes(
-    calls: Sequence[_Call], constant: set[int], wanted: set[int], num_bytes: Mapping[int, int]
+    calls: Sequence[Call], constant: set[int], wanted: set[int], num_bytes: Mapping[int, int]
 ) -> dict[int, _Memory]:
     """The memory that has to be found for what the calls make."""
     memories: dict[int, _Memory] = {}
@@ -482,7 +320,7 @@ def _lifetimes(
     return memories
 
 
-def _share(index: int, call: _Call, plan: _Plan, memories: dict[int, _Memory]) -> None:
+def _share(index: int, call: Call, plan: _Plan, memories: dict[int, _Memory]) -> None:
     """Let a call that works on each entry by itself overwrite what nobody reads afterwards."""
     if torch.Tag.pointwise not in call.func.tags or call.func._schema.is_mutable or plan.is_fresh:
         return
@@ -518,12 +356,12 @@ def _arrange(memories: Iterable[_Memory]) -> int:
     return end
 
 
-def _signature(calls: Sequence[_Call], made: set[int], fixed: Mapping[int, torch.Tensor]) -> list[Any]:
+def _signature(calls: Sequence[Call], made: set[int], fixed: Mapping[int, torch.Tensor]) -> list[Any]:
     """What the calls do, to be compared with another recording's."""
     labels: dict[int, Any] = {}
 
     def label(value: Any) -> Any:
-        if not isinstance(value, _Place):
+        if not isinstance(value, Place):
             return value
         if value.storage in fixed:
             held = fixed[value.storage]
@@ -543,18 +381,6 @@ def _root(memory: _Memory) -> _Memory:
     while memory.shares is not None:
         memory = memory.shares
     return memory
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def _places(value: Any) -> list[_Place]:
-    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, _Place)]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _whole(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.Tensor:
