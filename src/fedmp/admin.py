@@ -23,6 +23,11 @@ _NAME = re.compile(r"^[^/\s]+(/[^/\s]+)?$")
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise what argparse would print and exit with.
+
+        Raises:
+            ConfigError: always.
+        """
         raise ConfigError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 

@@ -137,6 +137,18 @@ def test_a_checkpoint_with_a_standing_that_is_none_is_refused(tmp_path: Path, st
         CheckpointStore(tmp_path).latest()
 
 
+@pytest.mark.parametrize("told", [None, 3])
+def test_another_versions_checkpoint_is_named_as_such(tmp_path: Path, told: int | None) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(checkpoint(3))
+    path = tmp_path / "round-00003" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["format"]
+    path.write_text(json.dumps(manifest | ({} if told is None else {"format": told})))
+    with pytest.raises(ResumeError, match=f"another version of fedmp .format {told or 1}, this one reads 2"):
+        store.latest()
+
+
 def test_no_code_is_read_back(tmp_path: Path) -> None:
     """A checkpoint may come from elsewhere: tensors and JSON only."""
     CheckpointStore(tmp_path).save(checkpoint(1))

@@ -21,6 +21,8 @@ from fedmp.records import RoundRecord
 
 __all__ = ["Checkpoint", "CheckpointStore"]
 
+_FORMAT = 2  # of what is written; 1, which was not written down, had a roster of records
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -88,6 +90,7 @@ class CheckpointStore:
             contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(contiguous, part / f"{name}.safetensors")
         manifest = {
+            "format": _FORMAT,
             "round": checkpoint.round,
             "fingerprint": checkpoint.fingerprint,
             "optimizer_values": dict(checkpoint.optimizer_values),
@@ -117,6 +120,11 @@ class CheckpointStore:
         path = rounds[-1]
         try:
             manifest = json.loads((path / "manifest.json").read_text())
+            if manifest.get("format", 1) != _FORMAT:
+                raise ResumeError(
+                    f"checkpoint {path} was written by another version of fedmp (format {manifest.get('format', 1)}, "
+                    f"this one reads {_FORMAT}); resume it with that version, or begin a new run"
+                )
             return Checkpoint(
                 round=manifest["round"],
                 fingerprint=manifest["fingerprint"],
@@ -130,7 +138,7 @@ class CheckpointStore:
                     client: Standing.of_json(standing) for client, standing in manifest["roster"].items()
                 },
             )
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (AttributeError, OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ResumeError(f"checkpoint {path} cannot be read: {error}") from error
 
     def _rounds(self) -> list[Path]:
