@@ -33,6 +33,17 @@ class Words(nn.Module):
         return self.head(self.layer(self.embed(tokens)))
 
 
+class Masked(nn.Module):
+    """Has a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.rand(100, 100)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mask[: x.shape[-2], : x.shape[-1]]
+
+
 def images(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), *layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
@@ -98,7 +109,7 @@ def of_words(num_samples: int) -> Dataset:
         (images(nn.ReLU()), of_images, SGD(lr=0.1), {}),
         (images(nn.BatchNorm2d(4), nn.GELU()), of_images, SGD(lr=0.1, momentum=0.9), {}),
         (images(nn.GroupNorm(2, 4)), of_images, Adam(lr=0.01), {"max_gradient_norm": 0.5}),
-        (images(nn.Tanh()), of_images, SGD(lr=0.1), {"accumulate_batches": 2}),
+        (images(nn.Tanh(), Masked()), of_images, SGD(lr=0.1), {"accumulate_batches": 2}),
         (Words(), of_words, Adam(lr=0.01, decoupled=True, weight_decay=0.1), {}),
     ],
     ids=["convolution", "batch norm", "clipped", "accumulated", "transformer"],
