@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from fedmp.cohort.module import StackedModule
 from fedmp.cohort.optimizers import SGD, Adam, FlatOptimizer
 from fedmp.data import Dataset
 from fedmp.learning_rate import Constant
-from fedmp.tasks import CrossEntropy
+from fedmp.tasks import CrossEntropy, MeanLoss, Task
 
 CLIENTS, ROUNDS = 3, 6
 
@@ -129,8 +131,8 @@ def test_replays_train_as_the_models_python_does(
     expected = after_rounds(plain, model, sizes)
     found = after_rounds(replayed, model, sizes)
     assert replayed.refusal == ""
-    assert replayed.num_replayed > 0
-    assert plain.num_replayed == 0
+    assert replayed.passes.num_replayed > 0
+    assert plain.passes.num_replayed == 0
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
@@ -168,12 +170,82 @@ class Hooked(nn.Identity):
         self.register_forward_hook(lambda module, given, result: result * 0.5)
 
 
+class OwnGenerator(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = random.Random(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.generator.choice([0.5, 1.0, 2.0])
+
+
+class OwnNoise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.full((1,), float(self.generator.normal()))
+
+
+class Annealed(nn.Module):
+    """Goes by an object that counts, some way down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {"schedule": [Schedule()]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.settings["schedule"][0].value()
+
+
+class Schedule:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def value(self) -> float:
+        self.calls += 1
+        return 1.0 if self.calls < 12 else 0.5
+
+
+class OfTheClass(nn.Module):
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        type(self).calls += 1
+        return x if self.calls % 24 < 12 else x * 0.5
+
+
+class Literal(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.tensor(0.5)
+
+
+class Spaced(nn.Module):
+    """vmap takes torch.linspace apart only while operations are recorded, and cannot run the parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.linspace(0.5, self.end, x.shape[-1])
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
         (Counting, "something besides tensors"),
         (Listing, "something besides tensors"),
         (Skipping, "something besides tensors"),
+        (OwnGenerator, "something besides tensors"),
+        (OwnNoise, "something besides tensors"),
+        (Annealed, "something besides tensors"),
+        (OfTheClass, "something besides tensors"),
+        (Literal, "does not do the same"),
+        (Spaced, "linspace cannot run"),
         (Hooked, "hooks"),
     ],
 )
@@ -182,16 +254,91 @@ def test_a_forward_with_a_state_of_its_own_runs_each_time(layer: type[nn.Module]
     for replays in (False, True):
         torch.manual_seed(0)
         random.seed(0)
+        OfTheClass.calls = 0
         model = images(layer()).double()
         trainer = chunk_trainer(model, of_images(36), SGD(lr=0.1), replays=replays)
         found.append(after_rounds(trainer, model, (12, 12, 12)))
-        assert trainer.num_replayed == 0
+        assert trainer.passes.num_replayed == 0
     assert reason in trainer.refusal
     assert all(map(torch.equal, *found))
+
+
+class CountingLoss(nn.Module):
+    """A loss that is a module, and goes by how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        loss = nn.functional.cross_entropy(output, targets)
+        return loss if self.calls < 12 else loss * 0.5
+
+
+class CountedInPython(CrossEntropy):
+    """Tells correct predictions by values that no operation shows."""
+
+    def num_correct(self, output: torch.Tensor, targets: torch.Tensor) -> float:
+        return float(np.sum(output.detach().argmax(-1).numpy() == targets.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: MeanLoss(function=CountingLoss()), "something besides tensors"),
+        (CountedInPython, "in Python"),
+    ],
+)
+def test_a_task_with_a_state_of_its_own_runs_each_time(make: Callable[[], Task], reason: str) -> None:
+    found = []
+    torch.manual_seed(0)
+    model, data = images(nn.ReLU()).double(), of_images(36)
+    for replays in (False, True):
+        trainer = chunk_trainer(
+            model, data, SGD(lr=0.1), replays=replays, objective=Objective(make()), pads=False
+        )
+        found.append(after_rounds(trainer, model, (12, 12, 12)))
+        assert trainer.passes.num_replayed == 0
+    assert reason in trainer.refusal
+    assert all(map(torch.equal, *found))
+
+
+def test_a_loss_of_ones_own_is_replayed() -> None:
+    found = []
+    torch.manual_seed(0)
+    model, data = images(nn.ReLU()).double(), of_images(36)
+    for replays in (False, True):
+        task = MeanLoss(function=lambda output, targets: (output - targets.unsqueeze(1)).square().mean())
+        trainer = chunk_trainer(
+            model, data, SGD(lr=0.1), replays=replays, objective=Objective(task), pads=False
+        )
+        found.append(after_rounds(trainer, model, (12, 12, 12)))
+    assert trainer.refusal == ""
+    assert trainer.passes.num_replayed > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
 
 def test_passes_that_do_not_come_again_are_not_recorded() -> None:
     model = images(nn.ReLU()).double()
     trainer = chunk_trainer(model, of_images(36), SGD(lr=0.1), replays=True)
     after_rounds(trainer, model, (3, 2, 1))  # one batch a round
-    assert 0 < trainer.num_replayed < ROUNDS - 2
+    assert 0 < trainer.passes.num_replayed < ROUNDS - 2
+
+
+def test_what_is_recorded_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds that come just often enough to be recorded once, beside one that comes all the time."""
+    monkeypatch.setattr("fedmp.cohort.passes._TAPES_BYTES", 1)
+    model = images(nn.ReLU()).double()
+    trainer = chunk_trainer(model, of_images(400), SGD(lr=0.1), replays=True)
+    start = RoundStart(torch.cat([p.detach().flatten() for p in model.parameters()]), {})
+    trainer.module.load(start.parameters, {}, CLIENTS)
+    for round in range(60):
+        size = 4 + round // 3  # a batch of another size for three rounds each
+        for own, batch_size in ((8, 4), (size, size)):
+            rows = [torch.arange(own) + place for place in range(3)]
+            counts = [-(-own // batch_size)] * 3
+            batches = draw_batches(["a", "b", "c"], rows, counts, batch_size=batch_size, seed=0, round=round)
+            trainer.train(batches, start, round=round + 1)
+    assert trainer.passes.num_replayed > 100  # of the 120 that are alike
+    assert trainer.passes.num_kinds_held <= 2

@@ -57,13 +57,33 @@ def cut(x: torch.Tensor, w: torch.Tensor) -> Made:
     return (*torch.unbind(first.view(2, 4)), torch.lerp(a, b, 0.25), F.gelu(x), F.pad(x, (1, 1), value=2.0))
 
 
+def shapes_in_place(x: torch.Tensor, w: torch.Tensor) -> Made:
+    y = (x + 1).unsqueeze_(0)
+    z = w.clone().view(6, 8).t_()
+    return y.squeeze_(0) * 2, z + 0, x.max(), x.min(), torch.quantile(w, 0.5)
+
+
+def whole_losses(x: torch.Tensor, w: torch.Tensor) -> Made:
+    p = torch.sigmoid(x)
+    return F.binary_cross_entropy(p, p.detach().round()), F.mse_loss(x, p), x.sum(dim=[1, 2])
+
+
+def turned(x: torch.Tensor, w: torch.Tensor) -> Made:
+    return F.batch_norm(
+        x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2), None, None, training=True
+    ), w
+
+
 def statistics(x: torch.Tensor, w: torch.Tensor) -> Made:
     mean, var = torch.zeros(3), torch.ones(3)
     y = F.batch_norm(x, mean, var, training=True)
     return y, mean, var, F.layer_norm(y, (5,), w[:5])
 
 
-@pytest.mark.parametrize("function", [image_net, in_place, constants, indexed, cut, statistics])
+@pytest.mark.parametrize(
+    "function",
+    [image_net, in_place, constants, indexed, cut, shapes_in_place, whole_losses, turned, statistics],
+)
 def test_a_replay_gives_what_the_function_gives(function: Callable[..., Made]) -> None:
     x, w = torch.randn(2, 3, 5, 5), torch.randn(48)
     tape = taped(lambda: function(x, w), [x, w])
@@ -172,7 +192,7 @@ def test_random_programs(seed: int) -> None:
         (lambda x: (x * float(x.sum()),), "lets values decide"),
         (lambda x: (x[x > 0],), "lets values decide"),
         (lambda x: (F.dropout(x),), "draws random numbers"),
-        (lambda x: (x + torch.from_numpy(x.numpy() * 2) * torch.ones(2),), "was not there before"),
+        (lambda x: (torch.ones(3).add_(torch.tensor(1.0)), torch.tensor([1.0]).mul_(2)), "is not known"),
         (lambda x: (torch.fft.fft(x).real,), "not plain"),
     ],
 )
@@ -184,12 +204,48 @@ def test_what_cannot_be_replayed_is_refused(function: Callable[[torch.Tensor], M
 
 
 def test_two_recordings_are_told_apart() -> None:
-    x = torch.randn(4)
+    x, w = torch.randn(4), torch.randn(4)
 
-    def scaled(factor: float, shift: list[float]) -> Tape:
-        return taped(lambda: (x * factor + torch.tensor(shift),), [x])
+    def scaled(factor: float, shift: float) -> Tape:
+        return taped(lambda: (x * factor + torch.full((4,), shift),), [x])
 
-    assert scaled(2.0, [1.0]).is_same(scaled(2.0, [1.0]))
-    assert not scaled(2.0, [1.0]).is_same(scaled(3.0, [1.0]))
-    assert not scaled(2.0, [1.0]).is_same(scaled(2.0, [1.5]))
-    assert not scaled(2.0, [1.0]).is_same(taped(lambda: (x * 2.0,), [x]))
+    assert scaled(2.0, 1.0).is_same(scaled(2.0, 1.0))
+    assert not scaled(2.0, 1.0).is_same(scaled(3.0, 1.0))
+    assert not scaled(2.0, 1.0).is_same(scaled(2.0, 1.5))
+    assert not scaled(2.0, 1.0).is_same(taped(lambda: (x * 2.0,), [x]))
+    assert taped(lambda: (x + w,), [x]).is_same(taped(lambda: (x + w,), [x]))
+    assert not taped(lambda: (x + w,), [x]).is_same(taped(lambda: (x + w.clone(),), [x]))
+    first = taped(lambda: (x + torch.arange(4),), [x])
+    assert first.is_same(taped(lambda: (x + torch.arange(4),), [x]))
+    assert not first.is_same(taped(lambda: (x + torch.arange(1, 5),), [x]))
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        lambda x: torch.tensor([float(len(x))]),
+        lambda x: torch.tensor(x.tolist()),
+        lambda x: torch.from_numpy(x.numpy() * 1),
+    ],
+    ids=["literal", "list", "numpy"],
+)
+def test_a_tensor_that_comes_from_nowhere_is_never_the_same(
+    outside: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    x = torch.ones(4)
+    first = taped(lambda: (x * outside(x),), [x])
+    assert not first.is_same(taped(lambda: (x * outside(x),), [x]))
+
+
+def test_changes_without_a_result_are_replayed() -> None:
+    x = torch.zeros(3)
+
+    def add() -> Made:
+        made = [x + 1, x + 2]
+        torch._foreach_add_(made, 0.5)
+        return tuple(made)
+
+    tape = taped(add, [x])
+    x.fill_(4.0)
+    tape.replay()
+    assert [float(t[0]) for t in tape.results] == [5.5, 6.5]

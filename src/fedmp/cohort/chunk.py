@@ -113,9 +113,9 @@ class ChunkTrainer:
         return self._passes.refusal
 
     @property
-    def num_replayed(self) -> int:
-        """Passes that were replayed."""
-        return self._passes.num_replayed
+    def passes(self) -> Passes:
+        """Through the model, which it runs."""
+        return self._passes
 
     def train(self, batches: ChunkBatches, start: RoundStart, *, round: int) -> ChunkResult:
         """Train for one round from the weights in the module, which it moves.

@@ -8,7 +8,10 @@ Shape letters: K clients, B samples of a batch.
 
 from __future__ import annotations
 
+import inspect
+import io
 import math
+import pickle
 import random
 import threading
 from collections import OrderedDict
@@ -22,7 +25,8 @@ from torch import nn
 
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
-from fedmp.cohort.recording import record
+from fedmp.cohort.recording import Recording, record
+from fedmp.cohort.registry import CannotStackError
 from fedmp.cohort.tape import CannotReplayError, Tape
 from fedmp.pipeline import give_back
 
@@ -33,7 +37,7 @@ _TOLERANCE = 1e-5  # of the largest entry; a replay does the same arithmetic, at
 _PAYS_AFTER = 16  # replays, when one more recording is worth it; so many are made anyway:
 _RECORDED_FREELY = 32
 _KINDS = 1024  # that are counted
-_TAPES_BYTES = 16 << 20  # that a chunk's tapes may hold, beside the one in use
+_TAPES_BYTES = 16 << 20  # that a chunk's tapes may hold, unless the one in use takes more
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ONE_AT_A_TIME = threading.Lock()  # what is recorded and tried out takes memory meanwhile
 _TENSORS_OF = ("_parameters", "_buffers")  # a module; one that is replaced shows on the tape
@@ -67,6 +71,12 @@ class _Kind:
     tape: Tape | None = None
     written: tuple[bool, ...] = ()
 
+    @property
+    def num_bytes(self) -> int:
+        """That it holds."""
+        tapes = [tape for tape in (self.tape, self.candidate) if tape is not None]
+        return sum(tape.num_bytes for tape in tapes) + sum(tensor.nbytes for tensor in self.given)
+
 
 class Passes:
     """Runs passes, each of which adds its clients' gradients to the module's.
@@ -84,10 +94,11 @@ class Passes:
     def __init__(self, module: StackedModule, objective: Objective, *, replays: bool) -> None:
         self._module, self._objective = module, objective
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
-        self._num_recorded = self.num_replayed = 0
+        self._num_recorded = self.num_replayed = self._num_bytes = 0
+        self._latest: _Kind | None = None  # that was replayed
         self.refusal = "" if replays else "not wanted"
-        if any(getattr(one, name, None) for one in module.module.modules() for name in _HOOKS):
-            self.refusal = "a module has hooks"
+        if replays and objective.task.has_accuracy and not objective.takes_padding:
+            self.refusal = "the task counts correct predictions in Python"
 
     def run(self, one: Pass, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a pass.
@@ -112,24 +123,45 @@ class Passes:
             kind = self._kinds[key] = _Kind()
         self._kinds.move_to_end(key)
         if kind.tape is not None:
+            self._latest = kind
             self.num_replayed += 1
-            for held, tensor in zip(kind.given, given, strict=True):
-                held.copy_(tensor)
-            kind.tape.replay()
-            self._module.mark_written(one.first, one.stop, kind.written)
-            sums, correct = kind.tape.results
-            return sums, correct
+            return self._replay(kind, kind.tape, one, given, before)
         kind.seen += 1
         may_record = self._num_recorded <= _RECORDED_FREELY + self.num_replayed // _PAYS_AFTER
         if kind.seen <= _RECORDED_FROM or not may_record:
             self._forget()
             return self._plainly(one.first, one.stop, *given)
         self._num_recorded += 1
-        with _ONE_AT_A_TIME:
-            results = self._record(kind, one, given)
-        if self.refusal:
-            self._kinds.clear()
-        return results
+        try:
+            with _ONE_AT_A_TIME:
+                return self._record(kind, one, given)
+        except CannotReplayError as error:
+            self.refusal = str(error)
+            return self._plainly(one.first, one.stop, *given)
+        finally:
+            if self.refusal:
+                self._kinds.clear()
+            self._num_bytes = sum(kind.num_bytes for kind in self._kinds.values())
+
+    @property
+    def num_kinds_held(self) -> int:
+        """Kinds of passes that hold memory."""
+        return sum(kind.num_bytes > 0 for kind in self._kinds.values())
+
+    def _replay(
+        self, kind: _Kind, tape: Tape, one: Pass, given: list[torch.Tensor], before: tuple[bool, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for held, tensor in zip(kind.given, given, strict=True):
+            held.copy_(tensor)
+        try:
+            tape.replay()
+        except RuntimeError:  # on these values; the model's own Python says so in torch's own words
+            self._module.mark_written(one.first, one.stop, before)
+            self._plainly(one.first, one.stop, *given)
+            raise
+        self._module.mark_written(one.first, one.stop, kind.written)
+        sums, correct = tape.results
+        return sums, correct
 
     def _plainly(
         self, first: int, stop: int, inputs: torch.Tensor, targets: torch.Tensor, totals: torch.Tensor
@@ -143,43 +175,72 @@ class Passes:
         return sums.detach(), self._objective.num_correct(output, targets)
 
     def _record(self, kind: _Kind, one: Pass, given: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run it so, too, and record it."""
+        """Run it so, too, and record it.
+
+        Raises:
+            CannotReplayError: it cannot be recorded, and has not been run.
+        """
+        roots = self._module.module, self._objective.task
+        around, has_hooks = _python_state(*roots)
+        if has_hooks:
+            raise CannotReplayError("a module has hooks")
         if not kind.given:
             kind.given = [tensor.clone() for tensor in given]
         for held, tensor in zip(kind.given, given, strict=True):
             held.copy_(tensor)
         known = [*kind.given, *self._module.tensors()]
-        earlier, around = kind.candidate, _python_state(self._module.module)
+        earlier = kind.candidate
         before = [tensor.clone() for tensor in earlier.written()] if earlier is not None else []
-        (sums, correct), recording = record(lambda: self._plainly(one.first, one.stop, *kind.given))
-        kind.written = self._module.written(one.first, one.stop)
-        if not bool(torch.isfinite(sums).all()):
-            return sums, correct  # the training is about to end
-        if _python_state(self._module.module) != around:
-            self.refusal = "its forward changes something besides tensors"
-            return sums, correct
+        statistics = [buffer.clone() for buffer in self._module.buffers.values()]
         try:
-            tape = Tape(recording, known=known, results=[sums, correct])
-        except CannotReplayError as error:
-            self.refusal = str(error)
-            return sums, correct
-        if earlier is None:
-            kind.candidate = tape
-        elif not tape.is_same(earlier):
-            self.refusal = "its forward does not do the same each time"
-        elif _replays(tape, before, [sums, correct]):
-            kind.tape, kind.candidate = tape, None
-            give_back()  # the tape has memory of its own
-        else:
-            self.refusal = "a replay gives something else"
+            (sums, correct), recording = record(lambda: self._plainly(one.first, one.stop, *kind.given))
+        except CannotStackError as error:  # only while it is recorded: vmap then takes some functions apart
+            for buffer, held in zip(self._module.buffers.values(), statistics, strict=True):
+                buffer.copy_(held)
+            raise CannotReplayError(str(error)) from error
+        kind.written = self._module.written(one.first, one.stop)
+        if bool(torch.isfinite(sums).all()):  # the training is about to end, otherwise
+            self.refusal = self._judge(kind, recording, known, (sums, correct), before, around)
         return sums, correct
 
+    def _judge(
+        self,
+        kind: _Kind,
+        recording: Recording,
+        known: list[torch.Tensor],
+        results: tuple[torch.Tensor, torch.Tensor],
+        before: list[torch.Tensor],
+        around: bytes,
+    ) -> str:
+        """Why what was recorded cannot be replayed; empty if it can, or is to be recorded once more."""
+        try:
+            if _python_state(self._module.module, self._objective.task)[0] != around:
+                return "its forward changes something besides tensors"
+            tape = Tape(recording, known=known, results=results)
+        except CannotReplayError as error:
+            return str(error)
+        earlier, kind.candidate = kind.candidate, tape
+        if earlier is None:
+            return ""
+        kind.candidate = None
+        if not tape.is_same(earlier):
+            return "its forward does not do the same each time"
+        if not _replays(tape, before, list(results)):
+            return "a replay fails or gives something else"
+        kind.tape = tape
+        give_back()  # the tape has memory of its own
+        return ""
+
     def _forget(self) -> None:
-        """Drop the kinds that were used least lately, where they hold too much."""
-        held = sum(kind.tape.num_bytes for kind in self._kinds.values() if kind.tape is not None)
-        while len(self._kinds) > _KINDS or (held > _TAPES_BYTES and len(self._kinds) > 1):
-            _, kind = self._kinds.popitem(last=False)
-            held -= kind.tape.num_bytes if kind.tape is not None else 0
+        """Drop the kinds that came least lately, where there are many or they hold too much."""
+        if len(self._kinds) <= _KINDS and self._num_bytes <= _TAPES_BYTES:
+            return
+        for key, kind in list(self._kinds.items()):
+            if len(self._kinds) <= _KINDS and self._num_bytes <= _TAPES_BYTES:
+                break
+            if kind is not self._latest and kind is not next(reversed(self._kinds.values())):
+                self._num_bytes -= kind.num_bytes
+                del self._kinds[key]
 
 
 def _replays(tape: Tape, before: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
@@ -190,6 +251,8 @@ def _replays(tape: Tape, before: list[torch.Tensor], results: list[torch.Tensor]
         tensor.copy_(old)
     try:
         tape.replay()
+        if not tape.is_intact:
+            return False
         pairs = [*zip(written, after, strict=True), *zip(tape.results, results, strict=True)]
         return all(_is_close(found, expected) for found, expected in pairs)
     except RuntimeError:  # torch's interpreter does not know an operation
@@ -207,25 +270,44 @@ def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return math.isfinite(largest) and torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * largest)
 
 
-def _python_state(model: nn.Module) -> Any:
-    """What a forward could change or depend on, besides tensors: attributes of modules, generators."""
-    drawn = np.random.get_state(legacy=False)
-    attributes = [
-        {name: _comparable(value) for name, value in vars(one).items() if name not in _TENSORS_OF}
-        for one in model.modules()
-    ]
-    return random.getstate(), drawn["state"]["key"].tobytes(), drawn["state"]["pos"], attributes
+class _Snapshot(pickle.Pickler):
+    """Writes down what Python code could go by, besides tensors: all that hangs on some objects, and the generators.
+
+    Tensors, functions and classes count as what they are, modules as what they hold.
+    """
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.modules: dict[int, nn.Module] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        """What stands for an object that is not written down itself."""
+        if isinstance(value, nn.Module):
+            self.modules.setdefault(id(value), value)
+            return "module", id(value)
+        is_itself = isinstance(value, torch.Tensor | type) or inspect.isroutine(value)
+        return ("object", id(value)) if is_itself else None
 
 
-def _comparable(value: Any) -> Any:
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, dict):
-        return [(key, _identity(own)) for key, own in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_identity(own) for own in value]
-    return id(value)
+def _python_state(*roots: Any) -> tuple[bytes, bool]:
+    """What a forward could change or go by, besides tensors; and whether any module has hooks.
 
-
-def _identity(value: Any) -> Any:
-    return value if isinstance(value, _PLAIN) else id(value)
+    Raises:
+        CannotReplayError: an object cannot be compared.
+    """
+    file = io.BytesIO()
+    snapshot = _Snapshot(file)
+    done = 0
+    try:
+        snapshot.dump((roots, random.getstate(), np.random.get_state(legacy=False)))
+        while done < len(snapshot.modules):  # more are found on the way
+            module = list(snapshot.modules.values())[done]
+            held = {name: value for name, value in vars(module).items() if name not in _TENSORS_OF}
+            kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.")]
+            shared = [value for kind in kinds for value in vars(kind).values() if isinstance(value, _PLAIN)]
+            snapshot.dump((held, shared))
+            done += 1
+    except (TypeError, AttributeError, pickle.PicklingError, RecursionError) as error:
+        raise CannotReplayError(f"a module holds what cannot be compared: {error!r:.100}") from error
+    has_hooks = any(getattr(one, name, None) for one in snapshot.modules.values() for name in _HOOKS)
+    return file.getvalue(), has_hooks

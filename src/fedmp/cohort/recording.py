@@ -156,7 +156,10 @@ class Recording(TorchDispatchMode):
         call = Call(func, *(tree_map(placed, value) for value in (args, dict(kwargs), result)))
         if call.is_fixed:
             self.held.update((int(t.untyped_storage()._cdata), t.untyped_storage()) for t in outputs)
-        self.calls.append(call)
+        if (
+            torch.Tag.inplace_view not in func.tags
+        ):  # a new shape shows in the places of the calls that follow
+            self.calls.append(call)
 
 
 def record(run: Callable[[], T]) -> tuple[T, Recording]:

@@ -11,7 +11,7 @@ What is recorded must not depend on anything but the tensors that it reads; `is_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -24,8 +24,12 @@ from fedmp.cohort.recording import Call, Place, Recording, storage_of
 __all__ = ["CannotReplayError", "Tape"]
 
 _ALIGNMENT = 64  # bytes, as torch aligns its own memory
-_MOST_FIXED = 4096  # entries of a tensor that comes from nowhere, to be compared by value
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# whose variants that write into given tensors make other shapes of them, or are not told from other overloads
+_UNFIT = {
+    *("binary_cross_entropy", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss", "soft_margin_loss"),
+    *("linalg_qr", "max", "min"),
+}
 aten = torch.ops.aten
 
 
@@ -41,7 +45,7 @@ class _Memory:
         num_bytes: of it.
         first, last: calls that make it and use it last.
         shares: the memory it lies in, where an operation overwrites what it read.
-        offset: in bytes, in the arena; None where each replay brings memory of its own.
+        offset: in bytes, in the arena; None where it shares.
     """
 
     num_bytes: int
@@ -73,6 +77,9 @@ class Tape:
         if recording.refusal:
             raise CannotReplayError(recording.refusal)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            for tensor in results:
+                if storage_of(tensor) not in recording.num_bytes:  # no operation has seen it
+                    recording.held[storage_of(tensor)] = tensor.untyped_storage()
             places = [recording.place(tensor) for tensor in results]
             try:
                 self._build(recording, {storage_of(tensor) for tensor in known}, places)
@@ -80,15 +87,24 @@ class Tape:
                 raise CannotReplayError(f"it cannot be written down: {error!r:.200}") from error
 
     def is_same(self, other: Tape) -> bool:
-        """Whether both do the same on the same memory."""
+        """Whether both do the same, reading and changing the same tensors of those that were there before."""
         return self._signature == other._signature
 
     def replay(self) -> None:
-        """Do it again, on what the known tensors hold now."""
+        """Do it again, on what the known tensors hold now.
+
+        Raises:
+            RuntimeError: an operation fails on these values.
+        """
         # there is nothing to fuse: looking for it takes 30 ms
         plain = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
         with torch.no_grad(), plain:
             self._function(*self._tensors)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no operation has given a tensor another shape than it was recorded with."""
+        return [(t.shape, t.stride(), t.data_ptr()) for t in self._tensors] == self._shapes
 
     def written(self) -> list[torch.Tensor]:
         """The known tensors that it changes, whole."""
@@ -96,10 +112,10 @@ class Tape:
 
     def _build(self, recording: Recording, known: set[int], results: Sequence[Place]) -> None:
         wanted = {place.storage for place in results}
-        made, fixed = _origins(recording, known)
+        made = _origins(recording.calls, known)
         constant = _constants(recording.calls, made)
-        kept = _needed(recording.calls, {*known, *fixed, *wanted}, constant)
-        self._signature = _signature(kept, made, fixed)
+        kept = _needed(recording.calls, known | wanted, constant)
+        self._signature = _signature(kept, made, constant)
         memories = _lifetimes(kept, constant, wanted, recording.num_bytes)
         plans = [_plan(call) for call in kept]
         for index, (call, plan) in enumerate(zip(kept, plans, strict=True)):
@@ -115,6 +131,7 @@ class Tape:
                 program.add(plan, call.result)
         self.results = [program.result(place) for place in results]
         self._function, self._tensors = program.finish()
+        self._shapes = [(t.shape, t.stride(), t.data_ptr()) for t in self._tensors]
         written = set[int]().union(*(call.changed for call in kept)) & known
         dtypes = {place.storage: place.dtype for call in kept for place in call.inputs}
         self._written = [_whole(recording.held[storage], dtypes[storage]) for storage in sorted(written)]
@@ -127,6 +144,12 @@ class _Plan(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     is_fresh: bool = False
+
+    @property
+    def takes_number(self) -> bool:
+        """Whether a number stands for a tensor: the interpreter then takes the overload for numbers."""
+        arguments = zip(self.func._schema.arguments, self.args, strict=False)
+        return any(str(a.type) == "Tensor" and isinstance(value, int | float) for a, value in arguments)
 
 
 class _Program:
@@ -156,7 +179,9 @@ class _Program:
         given = {a.name: value for a, value in zip(schema.arguments, plan.args, strict=False)}
         given.update(plan.kwargs)
         values = [self._value(given.get(a.name, a.default_value), a.type) for a in schema.arguments]
-        node = self._insert(schema.name, values, max(len(schema.returns), 1))
+        node = self._insert(schema.name, values, len(schema.returns))
+        if _overload(str(node.schema())) != _overload(str(schema)) and not plan.takes_number:
+            raise CannotReplayError(f"{schema.name} would be another of its overloads")
         if plan.is_fresh:
             found = result if isinstance(result, tuple) else [result]
             for index, place in enumerate(found):
@@ -186,8 +211,12 @@ class _Program:
             base, made = self._fresh[value.storage]
             if value == base:
                 return made
+            if value.dtype != base.dtype:
+                raise CannotReplayError("a new tensor is read as another type")
             where = map(self._constant, (list(value.size), list(value.stride), value.offset))
             return self._insert("aten::as_strided", [made, *where]).outputsAt(0)
+        if str(kind).startswith("Optional") and value is not None:
+            kind = kind.getElementType()
         if isinstance(value, list | tuple) and (not value or not isinstance(value[0], int | float)):
             node = self._insert("prim::ListConstruct", [self._value(item) for item in value])
             node.outputsAt(0).setType(kind)
@@ -230,6 +259,8 @@ class _Program:
 def _plan(call: Call) -> _Plan:
     """Have a call write its results where they are to be, if it can."""
     if call.func._schema.is_mutable:
+        if call.left - call.read:
+            raise CannotReplayError(f"{call.name} changes one tensor and makes another")
         return _Plan(call.func, call.args, call.kwargs)
     if call.name in _EMPTY:
         return _Plan(None, (), {})
@@ -240,7 +271,8 @@ def _plan(call: Call) -> _Plan:
     if call.name in ("zeros", "zeros_like", "new_zeros"):
         return _Plan(aten.zero_.default, (call.result,), {})
     found = _out_overload(call.func)
-    if found is None:
+    is_unlike = call.name == "native_batch_norm" and call.inputs[0].stride != call.outputs[0].stride
+    if found is None or is_unlike:
         return _Plan(call.func, call.args, call.kwargs, is_fresh=True)
     func, names = found
     return _Plan(func, call.args, {**call.kwargs, **dict(zip(names, call.outputs, strict=True))})
@@ -249,6 +281,8 @@ def _plan(call: Call) -> _Plan:
 @cache
 def _out_overload(func: Any) -> tuple[Any, list[str]] | None:
     """The overload with which an operation of its own writes into given tensors, and what they are called."""
+    if func._schema.name.partition("::")[2] in _UNFIT:
+        return None
     wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
     for overload in func.overloadpacket.overloads():
         found = getattr(func.overloadpacket, overload)
@@ -262,56 +296,52 @@ def _out_overload(func: Any) -> tuple[Any, list[str]] | None:
     return None
 
 
-def _origins(recording: Recording, known: set[int]) -> tuple[set[int], dict[int, torch.Tensor]]:
-    """Storages that come into being on the way, and small ones that come from nowhere, like a literal's.
+def _origins(calls: Sequence[Call], known: set[int]) -> set[int]:
+    """Storages that come into being on the way.
 
     Raises:
-        CannotReplayError: one that comes from nowhere is large or changed.
+        CannotReplayError: one that was there before, or came from elsewhere, is changed without being known.
     """
     made: set[int] = set()
-    fixed: dict[int, torch.Tensor] = {}
-    for call in recording.calls:
-        for place in call.inputs:
-            if place.storage in made or place.storage in known or place.storage in fixed:
-                continue
-            if recording.num_bytes[place.storage] > _MOST_FIXED * place.dtype.itemsize:
-                raise CannotReplayError(f"{call.name} reads a tensor that was not there before")
-            fixed[place.storage] = _whole(recording.held[place.storage], place.dtype).clone()
+    for call in calls:
+        if call.changed - made - known:
+            raise CannotReplayError(f"{call.name} changes a tensor that is not known")
         made |= call.left - call.read - known
-    if any(call.changed & fixed.keys() for call in recording.calls):
-        raise CannotReplayError("a tensor that was not there before is changed")
-    return made, fixed
+    return made
 
 
-def _constants(calls: Sequence[Call], made: set[int]) -> set[int]:
-    """Storages that hold the same after every replay: made of no tensor's values and never changed."""
-    found: set[int] = set()
+def _constants(calls: Sequence[Call], made: set[int]) -> dict[int, Call]:
+    """Storages made of no tensor's values and never changed, and what made them: they are the same in each replay."""
+    found: dict[int, Call] = {}
     for call in calls:
         if call.is_fixed:
-            found |= call.left & made
-        found -= call.changed
+            found.update(dict.fromkeys(call.left & made, call))
+        for storage in call.changed & found.keys():
+            del found[storage]
     return found
 
 
-def _needed(calls: Sequence[Call], wanted: set[int], constant: set[int]) -> list[Call]:
+def _needed(calls: Sequence[Call], wanted: set[int], constant: Collection[int]) -> list[Call]:
     """The calls whose results anything depends on; views are none of them."""
     needed, kept = set(wanted), []
     for call in reversed(calls):
-        is_view = not call.changed and call.left <= call.read
-        if is_view or call.left <= constant or not (call.changed | call.left - call.read) & needed:
-            continue
+        if call.outputs or call.changed:  # others are checks
+            is_view = not call.changed and call.left <= call.read
+            is_constant = bool(call.left) and call.left <= set(constant)
+            if is_view or is_constant or not (call.changed | call.left - call.read) & needed:
+                continue
         kept.append(call)
         needed |= call.read
     return kept[::-1]
 
 
 def _lifetimes(
-    calls: Sequence[Call], constant: set[int], wanted: set[int], num_bytes: Mapping[int, int]
+    calls: Sequence[Call], constant: Collection[int], wanted: set[int], num_bytes: Mapping[int, int]
 ) -> dict[int, _Memory]:
     """The memory that has to be found for what the calls make."""
     memories: dict[int, _Memory] = {}
     for index, call in enumerate(calls):
-        for storage in call.left - call.read - constant - memories.keys():
+        for storage in call.left - call.read - set(constant) - memories.keys():
             memories[storage] = _Memory(num_bytes[storage], index, index)
         for storage in (call.left | call.read) & memories.keys():
             memories[storage].last = index
@@ -356,17 +386,18 @@ def _arrange(memories: Iterable[_Memory]) -> int:
     return end
 
 
-def _signature(calls: Sequence[Call], made: set[int], fixed: Mapping[int, torch.Tensor]) -> list[Any]:
+def _signature(calls: Sequence[Call], made: set[int], constant: Mapping[int, Call]) -> list[Any]:
     """What the calls do, to be compared with another recording's."""
     labels: dict[int, Any] = {}
 
     def label(value: Any) -> Any:
         if not isinstance(value, Place):
             return value
-        if value.storage in fixed:
-            held = fixed[value.storage]
-            labels.setdefault(value.storage, (held.dtype, tuple(held.tolist())))
-        elif value.storage in made:
+        if value.storage in constant:
+            maker = constant[value.storage]
+            given = tree_flatten((maker.args, maker.kwargs))[0]
+            return maker.func, [leaf for leaf in given if not isinstance(leaf, Place)], value.view
+        if value.storage in made:
             labels.setdefault(value.storage, f"#{len(labels)}")
         return labels.get(value.storage, value.storage), *value.view
 
@@ -375,6 +406,10 @@ def _signature(calls: Sequence[Call], made: set[int], fixed: Mapping[int, torch.
         leaves, shape = tree_flatten((call.args, call.kwargs, call.result))
         found.append((call.func, shape, [label(leaf) for leaf in leaves]))
     return found
+
+
+def _overload(schema: str) -> str:
+    return schema.partition("(")[0]
 
 
 def _root(memory: _Memory) -> _Memory:
