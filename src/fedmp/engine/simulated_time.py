@@ -8,6 +8,7 @@ from collections.abc import Container
 from fedmp.clock import Always, ClientTiming, ClientWork, ideal_round_s, time_clients
 from fedmp.coordinator import Opening
 from fedmp.engine.arrivals import Arrivals
+from fedmp.engine.population import MANY_CLIENTS
 from fedmp.engine.prepare import plan_anew
 from fedmp.engine.session import Session
 from fedmp.engine.setup import ClientSetup
@@ -34,8 +35,9 @@ class SimulatedTime:
         self._is_logged = self._job.clock.is_logged(len(self._clients))
         self._changed: dict[str, ClientSetup | None] = {}  # by the loss of devices
         # nothing but plans and links decides, and no one wants to know of the moments between
-        self._repeats = self._job.clock.is_ideal
-        self._is_ideal = not self._is_logged and self._repeats
+        is_ideal = self._job.clock.is_ideal
+        self._is_ideal = is_ideal and not self._is_logged
+        self._repeats = is_ideal and len(self._clients) <= MANY_CLIENTS
         self._known_s: dict[tuple[int, int, int], float] = {}
         self._timings: dict[str, ClientTiming] = {}
         self._repeated: dict[tuple[str, int, int], ClientTiming] = {}
