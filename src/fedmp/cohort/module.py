@@ -214,10 +214,8 @@ class StackedModule:
             slot.is_written = is_written
 
     def tensors(self) -> list[torch.Tensor]:
-        """All that passes read and write: weights, gradients, and the model's own tensors, whatever they are to it."""
-        plain = (value for one in self.module.modules() for value in vars(one).values())
+        """All that passes may change: weights, gradients, and the model's own tensors."""
         own = [*self.module.parameters(), *self.module.buffers()]
-        own += [value for value in plain if isinstance(value, torch.Tensor)]
         return [self.parameters.flat, self.gradients.flat, *self.buffers.values(), *own]
 
     def with_gradient(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
