@@ -42,6 +42,12 @@ from tests.support.jobs import (
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-11}
 
 
+@pytest.fixture(autouse=True)
+def replayed_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of these small models would be replayed after hundreds only."""
+    monkeypatch.setattr("fedmp.cohort.passes._WORTH_S", 1e-4)
+
+
 class Double(nn.Module):
     """A model in float64 that takes images as they come."""
 

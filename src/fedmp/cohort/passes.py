@@ -14,6 +14,7 @@ import math
 import pickle
 import random
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -32,10 +33,10 @@ from fedmp.pipeline import give_back
 
 __all__ = ["Pass", "Passes"]
 
-_RECORDED_FROM = 2  # passes of a kind that are not worth it
+_WORTH_S = (
+    0.02  # about what recording and trying out a small pass costs: a kind that took so long is worth it
+)
 _TOLERANCE = 1e-5  # of the largest entry; a replay does the same arithmetic, at other addresses
-_PAYS_AFTER = 16  # replays, when one more recording is worth it; so many are made anyway:
-_RECORDED_FREELY = 32
 _KINDS = 1024  # that are counted
 _TAPES_BYTES = 16 << 20  # that a chunk's tapes may hold, unless the one in use takes more
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -65,7 +66,7 @@ class Pass:
 class _Kind:
     """What is known of passes that are alike."""
 
-    seen: int = 0
+    spent_s: float = 0.0
     given: list[torch.Tensor] = field(default_factory=list)
     candidate: Tape | None = None
     tape: Tape | None = None
@@ -94,7 +95,7 @@ class Passes:
     def __init__(self, module: StackedModule, objective: Objective, *, replays: bool) -> None:
         self._module, self._objective = module, objective
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
-        self._num_recorded = self.num_replayed = self._num_bytes = 0
+        self.num_replayed = self._num_bytes = 0
         self._latest: _Kind | None = None  # that was replayed
         self.refusal = "" if replays else "not wanted"
         if replays and objective.task.has_accuracy and not objective.takes_padding:
@@ -126,12 +127,12 @@ class Passes:
             self._latest = kind
             self.num_replayed += 1
             return self._replay(kind, kind.tape, one, given, before)
-        kind.seen += 1
-        may_record = self._num_recorded <= _RECORDED_FREELY + self.num_replayed // _PAYS_AFTER
-        if kind.seen <= _RECORDED_FROM or not may_record:
+        if kind.spent_s < _WORTH_S:
             self._forget()
-            return self._plainly(one.first, one.stop, *given)
-        self._num_recorded += 1
+            begun_s = time.perf_counter()
+            results = self._plainly(one.first, one.stop, *given)
+            kind.spent_s += time.perf_counter() - begun_s
+            return results
         try:
             with _ONE_AT_A_TIME:
                 return self._record(kind, one, given)
