@@ -96,9 +96,7 @@ class Tape:
         Raises:
             RuntimeError: an operation fails on these values.
         """
-        # there is nothing to fuse: looking for it takes 30 ms
-        plain = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
-        with torch.no_grad(), plain:
+        with torch.no_grad(), self._execution(False):  # there is nothing to fuse: looking for it takes 30 ms
             self._function(*self._tensors)
 
     @property
@@ -131,6 +129,7 @@ class Tape:
                 program.add(plan, call.result)
         self.results = [program.result(place) for place in results]
         self._function, self._tensors = program.finish()
+        self._execution = torch.jit.optimized_execution  # type: ignore[attr-defined]
         self._shapes = [(t.shape, t.stride(), t.data_ptr()) for t in self._tensors]
         written = set[int]().union(*(call.changed for call in kept)) & known
         dtypes = {place.storage: place.dtype for call in kept for place in call.inputs}
