@@ -136,7 +136,7 @@ def test_replays_train_as_the_models_python_does(
     replayed = chunk_trainer(model, samples, optimizer, replays=True, **changes)
     expected = after_rounds(plain, model, sizes)
     found = after_rounds(replayed, model, sizes)
-    assert replayed.refusal == ""
+    assert replayed.passes.refusal == ""
     assert replayed.passes.num_replayed > 0
     assert plain.passes.num_replayed == 0
     for one, other in zip(found, expected, strict=True):
@@ -265,7 +265,7 @@ def test_a_forward_with_a_state_of_its_own_runs_each_time(layer: type[nn.Module]
         trainer = chunk_trainer(model, of_images(36), SGD(lr=0.1), replays=replays)
         found.append(after_rounds(trainer, model, (12, 12, 12)))
         assert trainer.passes.num_replayed == 0
-    assert reason in trainer.refusal
+    assert reason in trainer.passes.refusal
     assert all(map(torch.equal, *found))
 
 
@@ -306,7 +306,7 @@ def test_a_task_with_a_state_of_its_own_runs_each_time(make: Callable[[], Task],
         )
         found.append(after_rounds(trainer, model, (12, 12, 12)))
         assert trainer.passes.num_replayed == 0
-    assert reason in trainer.refusal
+    assert reason in trainer.passes.refusal
     assert all(map(torch.equal, *found))
 
 
@@ -320,7 +320,7 @@ def test_a_loss_of_ones_own_is_replayed() -> None:
             model, data, SGD(lr=0.1), replays=replays, objective=Objective(task), pads=False
         )
         found.append(after_rounds(trainer, model, (12, 12, 12)))
-    assert trainer.refusal == ""
+    assert trainer.passes.refusal == ""
     assert trainer.passes.num_replayed > 0
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
@@ -331,7 +331,7 @@ def test_passes_that_take_no_time_are_not_recorded(monkeypatch: pytest.MonkeyPat
     trainer = chunk_trainer(model, of_images(36), SGD(lr=0.1), replays=True)
     after_rounds(trainer, model, (12, 12, 12))
     assert trainer.passes.num_replayed == trainer.passes.num_kinds_held == 0
-    assert trainer.refusal == ""
+    assert trainer.passes.refusal == ""
 
 
 def test_what_is_recorded_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

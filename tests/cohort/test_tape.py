@@ -124,7 +124,7 @@ def test_known_tensors_are_changed_and_told() -> None:
     tape.replay()
     assert torch.equal(total[1], torch.full((4,), 3.0))
     assert tape.results[0] == 12
-    (written,) = tape.written()
+    (written,) = tape.written
     assert written.data_ptr() == total.data_ptr()
 
 

@@ -98,24 +98,15 @@ class ChunkTrainer:
 
     Attributes:
         carried: what the clients carry from round to round.
+        passes: through the model.
     """
 
     def __init__(self, module: StackedModule, work: ChunkWork, is_over: threading.Event) -> None:
         self.module = module
         self.carried = Carried(module, work)
         self._work = work
-        self._passes = Passes(module, work.objective, replays=work.replays)
+        self.passes = Passes(module, work.objective, replays=work.replays)
         self._is_over = is_over
-
-    @property
-    def refusal(self) -> str:
-        """Why steps are not replayed; empty if they are, or may yet be."""
-        return self._passes.refusal
-
-    @property
-    def passes(self) -> Passes:
-        """Through the model, which it runs."""
-        return self._passes
 
     def train(self, batches: ChunkBatches, start: RoundStart, *, round: int) -> ChunkResult:
         """Train for one round from the weights in the module, which it moves.
@@ -155,7 +146,7 @@ class ChunkTrainer:
                 shares = _shares(passes, clients) if total is None else total
                 for one in passes:
                     span = slice(one.first, one.stop)
-                    sums, hits = self._passes.run(one, shares[span])
+                    sums, hits = self.passes.run(one, shares[span])
                     losses[batch, span].add_(sums)
                     correct[span].add_(hits)
                     weights[span].add_(one.weights)

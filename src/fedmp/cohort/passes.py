@@ -8,9 +8,8 @@ Shape letters: K clients, B samples of a batch.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import io
-import math
 import pickle
 import random
 import threading
@@ -26,6 +25,7 @@ from torch import nn
 
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
+from fedmp.cohort.probe import is_close
 from fedmp.cohort.recording import Recording, record
 from fedmp.cohort.registry import CannotStackError
 from fedmp.cohort.tape import CannotReplayError, Tape
@@ -33,9 +33,7 @@ from fedmp.pipeline import give_back
 
 __all__ = ["Pass", "Passes"]
 
-_WORTH_S = (
-    0.02  # about what recording and trying out a small pass costs: a kind that took so long is worth it
-)
+_WORTH_S = 0.02  # what a small kind of pass takes to be recorded: done once its passes have taken as long
 _TOLERANCE = 1e-5  # of the largest entry; a replay does the same arithmetic, at other addresses
 _KINDS = 1024  # that are counted
 _TAPES_BYTES = 16 << 20  # that a chunk's tapes may hold, unless the one in use takes more
@@ -191,7 +189,7 @@ class Passes:
             held.copy_(tensor)
         known = [*kind.given, *self._module.tensors()]
         earlier = kind.candidate
-        before = [tensor.clone() for tensor in earlier.written()] if earlier is not None else []
+        before = [tensor.clone() for tensor in earlier.written] if earlier is not None else []
         statistics = [buffer.clone() for buffer in self._module.buffers.values()]
         try:
             (sums, correct), recording = record(lambda: self._plainly(one.first, one.stop, *kind.given))
@@ -246,7 +244,7 @@ class Passes:
 
 def _replays(tape: Tape, before: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
     """Whether a replay of a pass that was just run gives the same; what the pass wrote stays."""
-    written = tape.written()
+    written = tape.written
     after = [tensor.clone() for tensor in written]
     for tensor, old in zip(written, before, strict=True):
         tensor.copy_(old)
@@ -255,7 +253,7 @@ def _replays(tape: Tape, before: list[torch.Tensor], results: list[torch.Tensor]
         if not tape.is_intact:
             return False
         pairs = [*zip(written, after, strict=True), *zip(tape.results, results, strict=True)]
-        return all(_is_close(found, expected) for found, expected in pairs)
+        return all(is_close(found, expected, _TOLERANCE) for found, expected in pairs)
     except RuntimeError:  # torch's interpreter does not know an operation
         return False
     finally:
@@ -263,23 +261,25 @@ def _replays(tape: Tape, before: list[torch.Tensor], results: list[torch.Tensor]
             tensor.copy_(new)
 
 
-def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    if torch.equal(found, expected):
-        return True
-    found, expected = found.double(), expected.double()
-    largest = float(expected.abs().max())
-    return math.isfinite(largest) and torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * largest)
-
-
 class _Snapshot(pickle.Pickler):
     """Writes down what Python code could go by, besides tensors: all that hangs on some objects, and the generators.
 
-    Tensors, functions and classes count as what they are, modules as what they hold.
+    Tensors, functions and classes count as what they are, modules as what they hold. Of what is written only the
+    digest is kept.
     """
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        super().__init__(self)
         self.modules: dict[int, nn.Module] = {}
+
+    def write(self, data: bytes) -> None:
+        """Take what is written down."""
+        self._digest.update(data)
+
+    def digest(self) -> bytes:
+        """Of all that was written."""
+        return self._digest.digest()
 
     def persistent_id(self, value: Any) -> Any:
         """What stands for an object that is not written down itself."""
@@ -296,9 +296,7 @@ def _python_state(*roots: Any) -> tuple[bytes, bool]:
     Raises:
         CannotReplayError: an object cannot be compared.
     """
-    file = io.BytesIO()
-    snapshot = _Snapshot(file)
-    done = 0
+    snapshot, done = _Snapshot(), 0
     try:
         snapshot.dump((roots, random.getstate(), np.random.get_state(legacy=False)))
         while done < len(snapshot.modules):  # more are found on the way
@@ -308,7 +306,7 @@ def _python_state(*roots: Any) -> tuple[bytes, bool]:
             shared = [value for kind in kinds for value in vars(kind).values() if isinstance(value, _PLAIN)]
             snapshot.dump((held, shared))
             done += 1
-    except (TypeError, AttributeError, pickle.PicklingError, RecursionError) as error:
+    except Exception as error:  # whatever an object's own pickling raises
         raise CannotReplayError(f"a module holds what cannot be compared: {error!r:.100}") from error
     has_hooks = any(getattr(one, name, None) for one in snapshot.modules.values() for name in _HOOKS)
-    return file.getvalue(), has_hooks
+    return snapshot.digest(), has_hooks

@@ -7,6 +7,7 @@ with and without padding beside. Nothing of what the user's forward does has to 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from fedmp.cohort.objective import Objective
 from fedmp.cohort.registry import CannotStackError
 from fedmp.tasks import Task
 
-__all__ = ["Probe", "cutting_matters", "probe"]
+__all__ = ["Probe", "cutting_matters", "is_close", "probe"]
 
 _TOLERANCE = 1e-3  # of the largest entry; sums in another order differ by 1e-6, another formula by far more
 
@@ -70,12 +71,12 @@ def probe(
             return Probe("it has no trained parameters")
         with _counted() as kept:
             plain = _stacked(model, layout, objective, inputs, targets, padding=0)
-        if not is_random and not _is_close(plain, expected):
+        if not is_random and not is_close(plain, expected, _TOLERANCE):
             return Probe("run for many clients at once, its gradient is not the one of a client alone")
         mixes = bool(own_statistics(model)) or not objective.takes_padding
         if not mixes and not is_random and len(inputs) > 1:
             padded = _stacked(model, layout, objective, inputs, targets, padding=1)
-            mixes = not _is_close(padded, expected)
+            mixes = not is_close(padded, expected, _TOLERANCE)
     except CannotStackError as error:
         return Probe(str(error))
     finally:
@@ -105,7 +106,7 @@ def cutting_matters(model: nn.Module, task: Task, inputs: torch.Tensor, targets:
         for part in (slice(0, half), slice(half, None)):
             own = _alone(copy.deepcopy(model).train(), task, inputs[part], targets[part])
             parts += own * (task.weight(targets[part]) / total)
-        return not _is_close(parts, whole)
+        return not is_close(parts, whole, _TOLERANCE)
     finally:
         torch.set_rng_state(state)
 
@@ -148,9 +149,14 @@ def _stacked(
     return torch.cat([part[0] if place in written else torch.zeros_like(part[0]) for place, part in parts])
 
 
-def _is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
-    return bool(torch.allclose(actual, expected, rtol=0, atol=_TOLERANCE * max(largest, 1e-12)))
+def is_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Whether two tensors are the same up to a share of the largest entry."""
+    if torch.equal(actual, expected):
+        return True
+    actual, expected = actual.double(), expected.double()
+    largest = float(expected.abs().max())
+    atol = tolerance * max(largest, 1e-12)
+    return math.isfinite(largest) and torch.allclose(actual, expected, rtol=0, atol=atol)
 
 
 class _counted:  # noqa: N801

@@ -11,7 +11,7 @@ What is recorded must not depend on anything but the tensors that it reads; `is_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -65,6 +65,7 @@ class Tape:
 
     Attributes:
         results: these, as plain tensors; each replay overwrites them.
+        written: the known tensors that it changes, whole.
         num_bytes: of memory that it holds.
 
     Raises:
@@ -104,10 +105,6 @@ class Tape:
         """Whether no operation has given a tensor another shape than it was recorded with."""
         return [(t.shape, t.stride(), t.data_ptr()) for t in self._tensors] == self._shapes
 
-    def written(self) -> list[torch.Tensor]:
-        """The known tensors that it changes, whole."""
-        return self._written
-
     def _build(self, recording: Recording, known: set[int], results: Sequence[Place]) -> None:
         wanted = {place.storage for place in results}
         made = _origins(recording.calls, known)
@@ -133,7 +130,7 @@ class Tape:
         self._shapes = [(t.shape, t.stride(), t.data_ptr()) for t in self._tensors]
         written = set[int]().union(*(call.changed for call in kept)) & known
         dtypes = {place.storage: place.dtype for call in kept for place in call.inputs}
-        self._written = [_whole(recording.held[storage], dtypes[storage]) for storage in sorted(written)]
+        self.written = [_whole(recording.held[storage], dtypes[storage]) for storage in sorted(written)]
 
 
 class _Plan(NamedTuple):
@@ -173,7 +170,11 @@ class _Program:
         self._fresh: dict[int, tuple[Place, Any]] = {}
 
     def add(self, plan: _Plan, result: Any) -> None:
-        """Add a call, and what it gave when it was recorded."""
+        """Add a call, and what it gave when it was recorded.
+
+        Raises:
+            CannotReplayError: the interpreter would run something else.
+        """
         schema = plan.func._schema
         given = {a.name: value for a, value in zip(schema.arguments, plan.args, strict=False)}
         given.update(plan.kwargs)
@@ -320,13 +321,13 @@ def _constants(calls: Sequence[Call], made: set[int]) -> dict[int, Call]:
     return found
 
 
-def _needed(calls: Sequence[Call], wanted: set[int], constant: Collection[int]) -> list[Call]:
+def _needed(calls: Sequence[Call], wanted: set[int], constant: Mapping[int, Call]) -> list[Call]:
     """The calls whose results anything depends on; views are none of them."""
     needed, kept = set(wanted), []
     for call in reversed(calls):
         if call.outputs or call.changed:  # others are checks
             is_view = not call.changed and call.left <= call.read
-            is_constant = bool(call.left) and call.left <= set(constant)
+            is_constant = bool(call.left) and call.left <= constant.keys()
             if is_view or is_constant or not (call.changed | call.left - call.read) & needed:
                 continue
         kept.append(call)
@@ -335,12 +336,12 @@ def _needed(calls: Sequence[Call], wanted: set[int], constant: Collection[int]) 
 
 
 def _lifetimes(
-    calls: Sequence[Call], constant: Collection[int], wanted: set[int], num_bytes: Mapping[int, int]
+    calls: Sequence[Call], constant: Mapping[int, Call], wanted: set[int], num_bytes: Mapping[int, int]
 ) -> dict[int, _Memory]:
     """The memory that has to be found for what the calls make."""
     memories: dict[int, _Memory] = {}
     for index, call in enumerate(calls):
-        for storage in call.left - call.read - set(constant) - memories.keys():
+        for storage in call.left - call.read - constant.keys() - memories.keys():
             memories[storage] = _Memory(num_bytes[storage], index, index)
         for storage in (call.left | call.read) & memories.keys():
             memories[storage].last = index

@@ -111,7 +111,7 @@ class CohortTraining:
     @property
     def refusal(self) -> str:
         """Why steps are not replayed; empty if they are, or may yet be."""
-        return next((trainer.refusal for trainer in self._trainers if trainer.refusal), "")
+        return next((t.passes.refusal for t in self._trainers if t.passes.refusal), "")
 
     def close(self) -> None:
         """End the threads, which an interrupt or an error may have left in the middle of a round."""

@@ -123,12 +123,10 @@ def _reports(
 ) -> list[DeviceReport]:
     """What each client reports."""
     sums = torch.stack([result.loss_sums, result.weights, result.num_correct, result.rate_sums], 1).tolist()
-    evaluations = result.evaluation.tolist() if bool(result.evaluation.any()) else []
     reports = []
-    for place, (one, count, (loss, weight, correct, rates)) in enumerate(
-        zip(cohort, counts, sums, strict=True)
+    for one, count, (loss, weight, correct, rates), told in zip(
+        cohort, counts, sums, result.evaluation.tolist(), strict=True
     ):
-        told = evaluations[place] if evaluations else (0.0, 0.0, 0.0)
         reports.append(
             DeviceReport(
                 num_examples=count.examples,
