@@ -75,3 +75,30 @@ def test_tensors_that_are_made_over_and_over_may_stay_where_they_are() -> None:
     is_kept, usual, kept = json.loads(run.stdout)
     assert is_kept
     assert kept < usual / 5, "pages that the system had to clear anew"
+
+
+GIVING_BACK = """
+import json, os
+import torch
+from fedmp.pipeline import give_back, keep_freed
+
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+keep_freed()
+tensors = [torch.ones(1 << 18) for _ in range(128)]  # 1 MiB each
+held = resident_mib()
+del tensors
+freed = resident_mib()
+give_back()
+print(json.dumps([held, freed, resident_mib()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is Linux's")
+def test_kept_memory_goes_back_when_it_is_not_needed_any_more() -> None:
+    run = subprocess.run([sys.executable, "-c", GIVING_BACK], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    held, freed, left = json.loads(run.stdout)
+    assert freed > held - 16
+    assert left < held - 112
