@@ -40,7 +40,11 @@ def _terminate(*_: object) -> None:
 
 
 def administer(name: str, arguments: list[str]) -> None:
-    """`fedmp certs`, `enroll` or `revoke`: the coordinator's certificates and credentials."""
+    """`fedmp certs`, `enroll` or `revoke`: the coordinator's certificates and credentials.
+
+    Raises:
+        ConfigError: the cryptography package is not there, or the arguments are wrong.
+    """
     from fedmp.errors import ConfigError
 
     try:
@@ -76,7 +80,11 @@ def plan(arguments: list[str]) -> None:
 
 
 def compare(arguments: list[str]) -> None:
-    """`fedmp compare`: several runs in one table and one picture."""
+    """`fedmp compare`: several runs in one table and one picture.
+
+    Raises:
+        ConfigError: there is nothing to compare.
+    """
     from fedmp.errors import ConfigError
     from fedmp.report.compare import find_runs
 
@@ -98,7 +106,11 @@ def _show_comparison(paths: Sequence[Path], folder: Path | None) -> None:
 
 
 def presets(arguments: list[str]) -> None:
-    """`fedmp presets`: devices and links that a topology may name."""
+    """`fedmp presets`: devices and links that a topology may name.
+
+    Raises:
+        ConfigError: it was given arguments.
+    """
     from rich.console import Console
 
     from fedmp.errors import ConfigError
@@ -110,7 +122,11 @@ def presets(arguments: list[str]) -> None:
 
 
 def coordinator(arguments: list[str]) -> None:
-    """`fedmp coordinator`: serves a job to deployed devices, and resumes it where it was."""
+    """`fedmp coordinator`: serves a job to deployed devices, and resumes it where it was.
+
+    Raises:
+        ConfigError: the config is wrong, or names another engine.
+    """
     from fedmp.engine.deploy import DeployEngine
     from fedmp.errors import ConfigError
     from fedmp.report import LogView, configure_logs
