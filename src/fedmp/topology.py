@@ -262,6 +262,8 @@ class ClientList(Sequence[Client]):
 
     def _find(self, place: int) -> tuple[ClientGroup, int]:
         """The group of the client at a place, and which of it the client is."""
+        if 0 <= place < self._starts[1]:  # of most topologies all clients
+            return self.groups[0], place
         if not -len(self) <= place < len(self):
             raise IndexError(f"there is no client {place}; there are {len(self)}")
         place %= len(self)

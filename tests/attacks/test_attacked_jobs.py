@@ -33,7 +33,9 @@ def job(**changes: Any) -> Job:
 
 @cache
 def accuracy(folder: Path, aggregator: Aggregator, attack: Attack | None) -> float:
-    result = run(job(aggregator=aggregator, attack=attack), folder / f"{len(list(folder.iterdir()))}")
+    result = run(
+        job(aggregator=aggregator, attack=attack, rounds=20), folder / f"{len(list(folder.iterdir()))}"
+    )
     found = result.history[-1].test_accuracy
     assert found is not None
     return found

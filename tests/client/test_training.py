@@ -12,11 +12,11 @@ from torch import nn
 
 from fedmp.client import LocalTrainer, LocalWork
 from fedmp.data import Dataset
+from fedmp.data.order import one_pass
 from fedmp.errors import TrainingError
 from fedmp.graph import trace
 from fedmp.pipeline import BatchResult, StageRunner
 from fedmp.schedule import OneFOneB
-from fedmp.seeds import derive_seed
 from fedmp.stages import Stage, draw_blueprints
 from fedmp.tasks import CrossEntropy, MeanLoss, Task
 from tests.support.jobs import sgd
@@ -69,8 +69,7 @@ def trainer(task: Task, work: LocalWork, num_samples: int, client: str = "c0") -
 
 
 def order(seed: int, client: str, round: int, epoch: int, num_samples: int) -> list[int]:
-    generator = torch.Generator().manual_seed(derive_seed(seed, "batches", client, round, epoch))
-    return torch.randperm(num_samples, generator=generator).tolist()
+    return one_pass(num_samples, seed=seed, client=client, round=round, epoch=epoch).tolist()
 
 
 @settings(max_examples=25, deadline=None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmp.cohort.batches import draw_batches
-from fedmp.seeds import derive_seed
+from fedmp.data import Rows
+from fedmp.data.order import one_pass
 
 
 @settings(max_examples=40, deadline=None)
@@ -19,13 +21,22 @@ def test_each_client_draws_its_own_batches(clients: list[tuple[int, int]], batch
     clients.sort(key=lambda pair: -pair[1])
     names = [f"c{place}" for place in range(len(clients))]
     rows = [torch.arange(count) + 100 * place for place, (count, _) in enumerate(clients)]
-    drawn = draw_batches(names, rows, [n for _, n in clients], batch_size=batch_size, seed=3, round=2)
+    spare = torch.arange(7)  # of somebody who is not there
+    held = Rows(torch.cat([spare, *rows]), [7, *map(len, rows)])
+    drawn = draw_batches(
+        names,
+        held,
+        np.arange(1, 1 + len(rows)),
+        [n for _, n in clients],
+        batch_size=batch_size,
+        seed=3,
+        round=2,
+    )
     for place, (count, num_batches) in enumerate(clients):
         batches: list[torch.Tensor] = []
         epoch = 0
         while len(batches) < num_batches:
-            seed = derive_seed(3, "batches", names[place], 2, epoch)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            order = one_pass(count, seed=3, client=names[place], round=2, epoch=epoch)
             batches += [rows[place][part] for part in order.split(batch_size)]
             epoch += 1
         for batch, expected in enumerate(batches[:num_batches]):

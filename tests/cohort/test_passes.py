@@ -17,7 +17,8 @@ from fedmp.cohort.batches import draw_batches
 from fedmp.cohort.chunk import ChunkTrainer
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.optimizers import SGD, Adam, FlatOptimizer
-from fedmp.data import Dataset
+from fedmp.cohort.replays import Replays
+from fedmp.data import Dataset, Rows
 from fedmp.learning_rate import Constant
 from fedmp.tasks import CrossEntropy, MeanLoss, Task
 
@@ -39,6 +40,19 @@ class Words(nn.Module):
 def recorded_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models here are so small that hundreds of passes would not be worth it."""
     monkeypatch.setattr("fedmp.cohort.passes._WORTH_S", 1e-4)
+    monkeypatch.setattr("fedmp.cohort.chunk._WORTH_S", 1e-4)
+
+
+@pytest.fixture(params=["passes", "rounds"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is recorded: each pass, or rounds as a whole."""
+    if request.param == "passes":
+        monkeypatch.setattr("fedmp.cohort.chunk._SHORT", 0)
+    return str(request.param)
+
+
+def tapes(trainer: ChunkTrainer, level: str = "passes") -> Replays:
+    return trainer.rounds if level == "rounds" else trainer.passes.replays
 
 
 class Masked(nn.Module):
@@ -84,16 +98,25 @@ def after_rounds(trainer: ChunkTrainer, model: nn.Module, sizes: tuple[int, ...]
         parameters=torch.cat([p.detach().flatten() for p in model.parameters()]),
         statistics={name: b.clone() for name, b in own_statistics(model).items()},
     )
-    trainer.module.load(start.parameters, start.statistics, CLIENTS)
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    rows = [torch.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    rows, places = Rows(torch.arange(sum(sizes)), sizes), np.arange(3)
     found = []
     for round in range(1, ROUNDS + 1):
         batches = draw_batches(
-            ["a", "b", "c"], rows, [-(-size // 4) for size in sizes], batch_size=4, seed=0, round=round
+            ["a", "b", "c"],
+            rows,
+            places,
+            [-(-size // 4) for size in sizes],
+            batch_size=4,
+            seed=0,
+            round=round,
         )
-        told = trainer.train(batches, start, round=round)
-        found += [told.loss_sums, told.weights, told.num_correct]
+        told = trainer.train(batches, torch.tensor([0.5, 0.2, 0.3]).double(), start, round=round)
+        statistics = dict(zip(start.statistics, told.buffers, strict=True))
+        found += [told.losses.clone(), told.figures.clone(), told.total.clone()]
+        start = RoundStart(
+            parameters=told.total.clone(),
+            statistics={name: statistics[name].to(b.dtype) for name, b in start.statistics.items()},
+        )
     return [
         *found,
         trainer.module.parameters.rows(CLIENTS),
@@ -129,6 +152,7 @@ def test_replays_train_as_the_models_python_does(
     optimizer: FlatOptimizer,
     changes: dict[str, object],
     sizes: tuple[int, ...],
+    level: str,
 ) -> None:
     model = model.double()
     samples = data(sum(sizes))  # type: ignore[operator]
@@ -136,9 +160,9 @@ def test_replays_train_as_the_models_python_does(
     replayed = chunk_trainer(model, samples, optimizer, replays=True, **changes)
     expected = after_rounds(plain, model, sizes)
     found = after_rounds(replayed, model, sizes)
-    assert replayed.passes.refusal == ""
-    assert replayed.passes.num_replayed > 0
-    assert plain.passes.num_replayed == 0
+    assert tapes(replayed, level).refusal == ""
+    assert tapes(replayed, level).num_replayed > 0
+    assert tapes(plain, level).num_replayed == 0
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
@@ -255,7 +279,9 @@ class Spaced(nn.Module):
         (Hooked, "hooks"),
     ],
 )
-def test_a_forward_with_a_state_of_its_own_runs_each_time(layer: type[nn.Module], reason: str) -> None:
+def test_a_forward_with_a_state_of_its_own_runs_each_time(
+    layer: type[nn.Module], reason: str, level: str
+) -> None:
     found = []
     for replays in (False, True):
         torch.manual_seed(0)
@@ -264,8 +290,8 @@ def test_a_forward_with_a_state_of_its_own_runs_each_time(layer: type[nn.Module]
         model = images(layer()).double()
         trainer = chunk_trainer(model, of_images(36), SGD(lr=0.1), replays=replays)
         found.append(after_rounds(trainer, model, (12, 12, 12)))
-        assert trainer.passes.num_replayed == 0
-    assert reason in trainer.passes.refusal
+        assert tapes(trainer, level).num_replayed == 0
+    assert reason in tapes(trainer, level).refusal
     assert all(map(torch.equal, *found))
 
 
@@ -296,7 +322,9 @@ class CountedInPython(CrossEntropy):
         (CountedInPython, "in Python"),
     ],
 )
-def test_a_task_with_a_state_of_its_own_runs_each_time(make: Callable[[], Task], reason: str) -> None:
+def test_a_task_with_a_state_of_its_own_runs_each_time(
+    make: Callable[[], Task], reason: str, level: str
+) -> None:
     found = []
     torch.manual_seed(0)
     model, data = images(nn.ReLU()).double(), of_images(36)
@@ -305,8 +333,8 @@ def test_a_task_with_a_state_of_its_own_runs_each_time(make: Callable[[], Task],
             model, data, SGD(lr=0.1), replays=replays, objective=Objective(make()), pads=False
         )
         found.append(after_rounds(trainer, model, (12, 12, 12)))
-        assert trainer.passes.num_replayed == 0
-    assert reason in trainer.passes.refusal
+        assert tapes(trainer, level).num_replayed == 0
+    assert reason in tapes(trainer, level).refusal
     assert all(map(torch.equal, *found))
 
 
@@ -320,33 +348,37 @@ def test_a_loss_of_ones_own_is_replayed() -> None:
             model, data, SGD(lr=0.1), replays=replays, objective=Objective(task), pads=False
         )
         found.append(after_rounds(trainer, model, (12, 12, 12)))
-    assert trainer.passes.refusal == ""
-    assert trainer.passes.num_replayed > 0
+    assert "not do the same" in trainer.rounds.refusal  # the weights of its targets come from Python
+    assert tapes(trainer).refusal == ""
+    assert tapes(trainer).num_replayed > 0
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
 
-def test_passes_that_take_no_time_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmp.cohort.passes._WORTH_S", 60.0)
+def test_what_takes_no_time_is_not_recorded(monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    for module in ("passes", "chunk"):
+        monkeypatch.setattr(f"fedmp.cohort.{module}._WORTH_S", 60.0)
     model = images(nn.ReLU()).double()
     trainer = chunk_trainer(model, of_images(36), SGD(lr=0.1), replays=True)
     after_rounds(trainer, model, (12, 12, 12))
-    assert trainer.passes.num_replayed == trainer.passes.num_kinds_held == 0
-    assert trainer.passes.refusal == ""
+    assert tapes(trainer, level).num_replayed == tapes(trainer, level).num_kinds_held == 0
+    assert tapes(trainer, level).refusal == ""
 
 
 def test_what_is_recorded_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kinds that come just often enough to be recorded once, beside one that comes all the time."""
-    monkeypatch.setattr("fedmp.cohort.passes._TAPES_BYTES", 1)
+    monkeypatch.setattr("fedmp.cohort.replays._TAPES_BYTES", 1)
+    monkeypatch.setattr("fedmp.cohort.chunk._SHORT", 0)
     model = images(nn.ReLU()).double()
     trainer = chunk_trainer(model, of_images(400), SGD(lr=0.1), replays=True)
     start = RoundStart(torch.cat([p.detach().flatten() for p in model.parameters()]), {})
-    trainer.module.load(start.parameters, {}, CLIENTS)
     for round in range(60):
         size = 4 + round // 3  # a batch of another size for three rounds each
         for own, batch_size in ((8, 4), (size, size)):
-            rows = [torch.arange(own) + place for place in range(3)]
+            rows = Rows(torch.cat([torch.arange(own) + place for place in range(3)]), [own] * 3)
             counts = [-(-own // batch_size)] * 3
-            batches = draw_batches(["a", "b", "c"], rows, counts, batch_size=batch_size, seed=0, round=round)
-            trainer.train(batches, start, round=round + 1)
-    assert trainer.passes.num_replayed > 100  # of the 120 that are alike
-    assert trainer.passes.num_kinds_held <= 2
+            batches = draw_batches(
+                ["a", "b", "c"], rows, np.arange(3), counts, batch_size=batch_size, seed=0, round=round
+            )
+            trainer.train(batches, torch.ones(3).double(), start, round=round + 1)
+    assert tapes(trainer).num_replayed > 100  # of the 120 that are alike
+    assert tapes(trainer).num_kinds_held <= 2

@@ -94,6 +94,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = 
         ),
         images(1, 14, 14),
     ),
+    "shortcut": (
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.Conv2d(6, 5, 1, stride=(1, 2))),
+        images(4, 7, 8),
+    ),
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.SiLU(), nn.MaxPool1d(2)), images(2, 9)),
     "transposed": (lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), images(2, 3, 3)),
     "residual": (Residual, images(4, 6, 6)),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,13 +18,16 @@ from fedmp import Job, Topology
 from fedmp.aggregate import CoordinateMedian
 from fedmp.attacks import SignFlip
 from fedmp.clock import Clock
+from fedmp.coordinator import ClientUpdate, Roster
+from fedmp.coordinator.roster import after_round
 from fedmp.data import IID, Dirichlet
+from fedmp.engine.cohort_updates import CohortUpdates
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError, TrainingError
 from fedmp.learning_rate import Cosine
 from fedmp.models import CNN
 from fedmp.records import Event, Note
-from fedmp.strategy import FedAvg, FedBuff
+from fedmp.strategy import FedAvg, FedBuff, figures
 from fedmp.tasks import MeanLoss
 from tests.support.jobs import (
     TINY_CNN,
@@ -46,6 +51,7 @@ FLOAT64 = {"rtol": 1e-9, "atol": 1e-11}
 def replayed_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of these small models would be replayed after hundreds only."""
     monkeypatch.setattr("fedmp.cohort.passes._WORTH_S", 1e-4)
+    monkeypatch.setattr("fedmp.cohort.chunk._WORTH_S", 1e-4)
 
 
 class Double(nn.Module):
@@ -308,7 +314,7 @@ def test_updates_are_summed_chunk_by_chunk_where_only_their_mean_is_wanted() -> 
         flat_layout,
         flat_optimizer,
     )
-    from fedmp.data import Dataset
+    from fedmp.data import Dataset, Rows
     from fedmp.learning_rate import Constant
     from fedmp.tasks import CrossEntropy
 
@@ -319,8 +325,8 @@ def test_updates_are_summed_chunk_by_chunk_where_only_their_mean_is_wanted() -> 
         flat_optimizer(sgd(0.1)), Objective(CrossEntropy()), data, Constant(), 1, None, 1, 1, True
     )
     training = CohortTraining(model, layout, work, batch_size=5, seed=0, chunk=2, workers=1)
-    rows = list(torch.arange(60).split(10))
-    cohort = Cohort([f"c{i}" for i in range(6)], rows, [2] * 6, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    rows = Rows(torch.arange(60), [10] * 6)
+    cohort = Cohort([f"c{i}" for i in range(6)], rows, np.arange(6), [2] * 6, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     summed = training.train(cohort, RoundStart(start, {}), round=1, keep=False)
     kept = training.train(cohort, RoundStart(start, {}), round=1, keep=True)
@@ -328,6 +334,42 @@ def test_updates_are_summed_chunk_by_chunk_where_only_their_mean_is_wanted() -> 
     assert summed.parameters.numel() == 0
     expected = torch.tensor(cohort.weights) @ kept.parameters
     torch.testing.assert_close(summed.total, expected)
+
+
+def test_figures_of_a_cohort_are_those_of_each_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+
+    def look(roster: Roster, updates: Sequence[ClientUpdate]) -> Roster:
+        assert isinstance(updates, CohortUpdates)
+        for name in (*ATTRIBUTES, "rate_sum"):
+            assert list(figures(updates, name)) == [getattr(update, name) for update in updates], name
+        checked.append([update.num_examples for update in updates])
+        return after_round(roster, updates)
+
+    monkeypatch.setattr("fedmp.coordinator.rounds.after_round", look)
+    for evaluation in (False, True):
+        job = ragged_job(rounds=1, federated_evaluation=evaluation)
+        job.run(SimulateEngine(chunk=3), run_dir=tmp_path / str(evaluation))
+    assert len(set(checked[0])) > 1
+    assert len(checked) == 2
+
+
+ATTRIBUTES = (
+    *(
+        "client",
+        "round",
+        "generation",
+        "num_examples",
+        "num_samples",
+        "num_steps",
+        "loss",
+        "start_loss",
+        "loss_sum",
+    ),
+    *("weight", "evaluation_loss_sum", "evaluation_weight", "evaluation_correct", "pipeline_bytes"),
+)
 
 
 class Counting(nn.Module):

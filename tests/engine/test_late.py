@@ -15,15 +15,15 @@ import torch
 from torch.nn import functional as F
 
 from fedmp import Job, Result
+from fedmp.data.order import one_pass
 from fedmp.engine.local import LocalEngine
 from fedmp.engine.one_by_one import OneByOne
-from fedmp.engine.prepare import ClientSetup
+from fedmp.engine.population import SomeClients
 from fedmp.engine.session import Outcome, Session, round_settings, run_session
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.engine.simulated_clients import SimulatedClients
 from fedmp.errors import ResumeError
 from fedmp.records import Event, Fault, RoundFinished
-from fedmp.seeds import derive_seed
 from fedmp.strategy import FedAvg, FedBuff
 from tests.engine.test_oracles import FLOAT64, initial, split_data
 from tests.support.jobs import TINY_CNN, assert_same, images, run, sgd, tiny_job, topology, weights
@@ -37,8 +37,8 @@ class Timed(SimulateEngine):
     finish_s: Times
 
     def run(self, session: Session) -> Outcome:
-        def finish_s(setup: ClientSetup, round: int) -> float:
-            return self.finish_s(setup.name, round)
+        def finish_s(cohort: SomeClients, round: int) -> list[float]:
+            return [self.finish_s(client, round) for client in cohort.names]
 
         clients = SimulatedClients(session, OneByOne(session), finish_s)
         return Outcome(run_session(session, round_settings(session), clients), 0.0)
@@ -62,8 +62,7 @@ def local_change(
     model, data = copy.deepcopy(initial()), split_data(job)[index]
     model.load_state_dict(state)
     optimizer = job.optimizer(list(model.parameters()))
-    seed = derive_seed(job.seed, "batches", f"c{index}", round, 0)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    order = one_pass(len(data), seed=job.seed, client=f"c{index}", round=round, epoch=0)
     seen = 0
     for indices in order.split(job.batch_size)[: job.strategy.local_steps]:
         x, y = data.batch(indices)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fedmp import Job, Result, Topology
 from fedmp.data import IID, Dataset, Dirichlet
+from fedmp.data.order import one_pass
 from fedmp.engine import Centralized
 from fedmp.models import MLP
 from fedmp.seeds import derive_seed
@@ -66,8 +67,7 @@ def hand_written_fedavg(
             local.load_state_dict(state)
             optimizer = job.optimizer(list(local.parameters()))
             for epoch in range(local_epochs):
-                seed = derive_seed(job.seed, "batches", client.name, round, epoch)
-                order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+                order = one_pass(len(data), seed=job.seed, client=client.name, round=round, epoch=epoch)
                 for indices in order.split(job.batch_size):
                     x, y = data.batch(indices)
                     optimizer.zero_grad()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmp import Job
+from fedmp.data.order import one_pass
 from fedmp.engine.prepare import prepare
 from fedmp.errors import ConfigError, PlanError
 from fedmp.learning_rate import Cosine
@@ -60,8 +61,7 @@ def by_hand(job: Job) -> dict[str, torch.Tensor]:
     for round in range(1, job.rounds + 1):
         optimizer = job.optimizer(list(model.parameters()))
         rates = [group["lr"] for group in optimizer.param_groups]
-        seed = derive_seed(job.seed, "batches", "c0", round, 0)
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        order = one_pass(len(data), seed=job.seed, client="c0", round=round, epoch=0)
         steps = order.split(job.batch_size * job.accumulate_batches)
         for step, indices in enumerate(steps):
             x, y = data.batch(indices)

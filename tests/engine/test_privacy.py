@@ -16,6 +16,7 @@ import fedmp.engine.local
 from fedmp import Job
 from fedmp.coordinator import CoordinatorService
 from fedmp.data import Dataset
+from fedmp.data.order import one_pass
 from fedmp.seeds import derive_seed
 from fedmp.strategy import FedAvg
 from tests.support.jobs import TINY_CNN, images, run, tiny_job, topology
@@ -59,8 +60,7 @@ def label_orders(job: Job) -> list[list[int]]:
         orders.append(data.targets.tolist())
         for round in (1, 2):
             for epoch in (0, 1):
-                seed = derive_seed(job.seed, "batches", name, round, epoch)
-                order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+                order = one_pass(len(data), seed=job.seed, client=name, round=round, epoch=epoch)
                 orders.append(data.targets[order].tolist())
     return orders
 

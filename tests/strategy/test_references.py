@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fedmp import Job
 from fedmp import strategy as s
 from fedmp.data import Dataset, Dirichlet
+from fedmp.data.order import one_pass
 from fedmp.models import MLP
 from fedmp.seeds import derive_seed
 from tests.support.jobs import assert_same, images, run, sgd, tiny_job, topology, weights
@@ -90,8 +91,7 @@ class Reference:
         local = Local({}, len(data), 0, 0.0)
         rate, coefficient = 0.1, 0.0
         for epoch in range(100):
-            seed = derive_seed(job.seed, "batches", client, round, epoch)
-            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+            order = one_pass(len(data), seed=job.seed, client=client, round=round, epoch=epoch)
             for indices in order.split(job.batch_size)[: left - local.num_steps]:
                 x, y = data.batch(indices)
                 model.zero_grad()

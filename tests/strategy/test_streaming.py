@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from fedmp import Job
+from fedmp.data.order import one_pass
 from fedmp.graph import state_specs
 from fedmp.records import Fault
-from fedmp.seeds import derive_seed
 from fedmp.strategy import StreamingDiLoCo
 from tests.strategy.test_references import FLOAT64, Reference, Tensors, initial, job, mean
 from tests.support.jobs import assert_same, run, topology, weights
@@ -39,8 +39,7 @@ class Worker:
 
     def batches(self, round: int) -> Iterator[torch.Tensor]:
         for epoch in range(100):
-            seed = derive_seed(self.job.seed, "batches", self.name, round, epoch)
-            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
+            order = one_pass(len(self.data), seed=self.job.seed, client=self.name, round=round, epoch=epoch)
             yield from order.split(self.job.batch_size)
 
     def step(self, indices: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from fedmp.client.optimizer import LocalOptimizer, NamedParameters
 from fedmp.client.state import ClientState
 from fedmp.client.work import LocalWork
 from fedmp.data import Dataset
+from fedmp.data.order import one_pass
 from fedmp.errors import TrainingError
 from fedmp.pipeline import BatchResult, DeviceRunner, MicroBatches, microbatch_sizes
 from fedmp.seeds import derive_seed
@@ -170,8 +171,9 @@ class LocalTrainer:
         left = work.num_batches(self._num_samples)
         epoch = 0
         while left > 0:
-            seed = derive_seed(self._work.seed, "batches", self._client, round, epoch)
-            order = torch.randperm(self._num_samples, generator=torch.Generator().manual_seed(seed))
+            order = one_pass(
+                self._num_samples, seed=self._work.seed, client=self._client, round=round, epoch=epoch
+            )
             for indices in order.split(self._work.batch_size)[:left]:
                 left -= 1
                 yield indices

@@ -9,11 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from fedmp.seeds import derive_seed
+from fedmp.data import Rows
+from fedmp.data.order import client_streams, passes
 
 __all__ = ["ChunkBatches", "draw_batches"]
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +29,20 @@ class ChunkBatches:
         rows: [S, K, B] rows of the data set. Where a batch is shorter, its first row is repeated, so that
             whatever is computed of padding is finite; where a client has no batch any more, some row.
         sizes: [S][K] samples of each batch; 0 where there is none.
+        lengths: the same as a tensor.
         num_batches: of each client.
     """
 
     rows: torch.Tensor
+    lengths: torch.Tensor
     sizes: tuple[tuple[int, ...], ...]
     num_batches: tuple[int, ...]
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether any batch of a client is shorter than `rows` has room for."""
+        wide = self.rows.shape[2]
+        return any(size != wide for sizes in self.sizes for size in sizes)
 
     def num_active(self, batch: int) -> int:
         """Clients that have such a batch: the first so many."""
@@ -39,7 +52,8 @@ class ChunkBatches:
 
 def draw_batches(
     clients: Sequence[str],
-    rows: Sequence[torch.Tensor],
+    rows: Rows,
+    places: Integers,
     num_batches: Sequence[int],
     *,
     batch_size: int,
@@ -50,52 +64,76 @@ def draw_batches(
 
     Args:
         clients: names, which seed the order.
-        rows: each client's rows of the data set.
+        rows: everybody's rows of the data set.
+        places: [K] of the clients among those.
         num_batches: of each client, descending.
         batch_size: samples in one.
         seed, round: seed the order as well.
     """
-    counts = tuple(own.shape[0] for own in rows)
-    layout = _layout(counts, tuple(num_batches), batch_size)
-    generator = torch.Generator()
-    orders = []
-    for client, samples, epochs in zip(clients, counts, layout.epochs, strict=True):
-        for epoch in range(epochs):
-            generator.manual_seed(derive_seed(seed, "batches", client, round, epoch))
-            orders.append(torch.randperm(samples, generator=generator))
-    # each pass's order, moved to where the client's rows begin among all of them
-    shuffled = torch.cat(orders).add_(layout.shifts)
-    drawn = torch.cat(list(rows))[shuffled[layout.places]]
-    return ChunkBatches(drawn, layout.sizes, tuple(num_batches))
+    starts, counts = rows.spans(places)
+    layout = _layout(tuple(counts.tolist()), tuple(num_batches), batch_size)
+    streams = client_streams(clients, seed=seed, round=round)
+    order = np.empty(layout.num_drawn, dtype=np.int64)
+    for group in layout.groups:
+        order[group.slots] = passes(streams[group.clients], group.epochs, group.slots.shape[1])
+    drawn = rows.flat.numpy()[order[layout.slots] + starts[:, None]]
+    return ChunkBatches(torch.from_numpy(drawn), layout.lengths, layout.sizes, layout.num_batches)
+
+
+@dataclass(frozen=True, eq=False)
+class _Passes:
+    """Passes of clients that have equally many samples.
+
+    Attributes:
+        clients, epochs: [N] whose each one is, and which of the client's.
+        slots: [N, n] where its order goes.
+    """
+
+    clients: Integers
+    epochs: Integers
+    slots: Integers
 
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """What does not depend on the order: epochs of each client, and which of its drawn samples goes where."""
+    """What does not depend on the order.
 
-    epochs: tuple[int, ...]
-    shifts: torch.Tensor
-    places: torch.Tensor
+    Attributes:
+        groups: all passes.
+        num_drawn: samples of all of them.
+        slots: [S, K, B] which drawn sample goes where.
+        lengths, sizes, num_batches: of the batches.
+    """
+
+    groups: tuple[_Passes, ...]
+    num_drawn: int
+    slots: Integers
+    lengths: torch.Tensor
     sizes: tuple[tuple[int, ...], ...]
+    num_batches: tuple[int, ...]
 
 
 @lru_cache(maxsize=64)  # clients of equal sizes come round after round
 def _layout(counts: tuple[int, ...], num_batches: tuple[int, ...], batch_size: int) -> _Layout:
-    per_epoch = [-(-count // batch_size) for count in counts]
-    epochs = tuple(-(-wanted // own) for wanted, own in zip(num_batches, per_epoch, strict=True))
-    first_rows = [0]
-    for count in counts:
-        first_rows.append(first_rows[-1] + count)
-    passes = torch.tensor([count for count, many in zip(counts, epochs, strict=True) for _ in range(many)])
-    offsets = torch.tensor([row for row, many in zip(first_rows, epochs, strict=False) for _ in range(many)])
-    batch = torch.arange(num_batches[0]).unsqueeze(1)
-    own, held = torch.tensor(per_epoch), torch.tensor(counts)
-    epoch, within = batch // own, batch % own
-    sizes = (held - within * batch_size).clamp(max=batch_size)
-    sizes = torch.where(batch < torch.tensor(num_batches), sizes, 0)
-    drawn_before = torch.tensor([0, *(c * e for c, e in zip(counts, epochs, strict=True))]).cumsum(0)[:-1]
-    start = drawn_before + epoch * held + within * batch_size
-    start = torch.where(sizes > 0, start, drawn_before)
-    column = torch.arange(int(sizes.max()))
-    places = start.unsqueeze(2) + torch.where(column < sizes.unsqueeze(2), column, 0)
-    return _Layout(epochs, offsets.repeat_interleave(passes), places, tuple(map(tuple, sizes.tolist())))
+    held, wanted = np.array(counts), np.array(num_batches)
+    per_epoch = -(-held // batch_size)
+    epochs = -(-wanted // per_epoch)
+    drawn = held * epochs
+    first = drawn.cumsum() - drawn  # of each client's samples among all that are drawn
+    batch = np.arange(num_batches[0])[:, None]
+    epoch, within = np.divmod(batch, per_epoch)
+    sizes = np.where(batch < wanted, (held - within * batch_size).clip(max=batch_size), 0)
+    start = np.where(sizes > 0, first + epoch * held + within * batch_size, first)
+    column = np.arange(sizes.max())
+    slots = start[:, :, None] + np.where(column < sizes[:, :, None], column, 0)
+    groups = []
+    for count in dict.fromkeys(counts):
+        members = np.flatnonzero(held == count)
+        owners = members.repeat(epochs[members])
+        numbers = np.concatenate([np.arange(many) for many in epochs[members]])
+        begin = first[owners] + numbers * count
+        groups.append(_Passes(owners, numbers, begin[:, None] + np.arange(count)))
+    lengths = torch.from_numpy(sizes)
+    return _Layout(
+        tuple(groups), int(drawn.sum()), slots, lengths, tuple(map(tuple, sizes.tolist())), num_batches
+    )

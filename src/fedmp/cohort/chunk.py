@@ -5,11 +5,9 @@ Shape letters: K clients, P trained parameters, B samples of a batch, S batches.
 
 from __future__ import annotations
 
-import itertools
-import math
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,17 +17,18 @@ from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
 from fedmp.cohort.optimizers import FlatOptimizer
 from fedmp.cohort.passes import Pass, Passes
+from fedmp.cohort.replays import Replays, Tensors
+from fedmp.cohort.samples import Samples
 from fedmp.cohort.start import RoundStart
 from fedmp.data import Dataset
 from fedmp.learning_rate import Constant, LearningRate, RateSum
-from fedmp.pipeline import microbatch_sizes
 from fedmp.strategy import LocalRule
 
 __all__ = ["ChunkResult", "ChunkTrainer", "ChunkWork"]
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-_DRAWN_TARGETS = 1 << 16  # at once
-_DRAWN_BYTES = 1 << 20  # of inputs at once
+_SHORT = 8  # passes of a round that is recorded as a whole: longer ones take too long to be recorded
+_WORTH_S = 0.02  # what such a round of a small chunk takes to be recorded, or half as long
 _LOOK_EVERY = 32  # steps between two looks whether to go on: a round may have a million
 
 
@@ -76,16 +75,20 @@ class ChunkWork:
 
 @dataclass(frozen=True, eq=False)
 class ChunkResult:
-    """What a chunk's clients report, [K] each, and the loss of every batch, [S, K], to find a bad one.
+    """What a chunk's round gave, besides the weights in the module; the next round of the chunk may overwrite it.
 
-    The rates are summed by the weights of `RateSum`.
+    Attributes:
+        losses: [S, K] of every batch.
+        figures: [4, K] what each client reports: its losses, their weights, correct predictions and learning rates,
+            summed over the round; the last by the weights of `RateSum`.
+        total: [P] the clients' trained parameters times their shares, summed.
+        buffers: statistics alike, in the module's order.
     """
 
-    loss_sums: torch.Tensor
-    weights: torch.Tensor
-    num_correct: torch.Tensor
-    rate_sums: torch.Tensor
     losses: torch.Tensor
+    figures: torch.Tensor
+    total: torch.Tensor
+    buffers: Sequence[torch.Tensor]
 
 
 class ChunkTrainer:
@@ -99,6 +102,7 @@ class ChunkTrainer:
     Attributes:
         carried: what the clients carry from round to round.
         passes: through the model.
+        rounds: tapes of whole rounds, where these are short and alike.
     """
 
     def __init__(self, module: StackedModule, work: ChunkWork, is_over: threading.Event) -> None:
@@ -106,47 +110,91 @@ class ChunkTrainer:
         self.carried = Carried(module, work)
         self._work = work
         self.passes = Passes(module, work.objective, replays=work.replays)
+        self.rounds = Replays(module, [work.objective.task, work.dataset, work.optimizer])
+        self.rounds.refusal = self.passes.replays.refusal or _why_not_alike(work)
         self._is_over = is_over
 
-    def train(self, batches: ChunkBatches, start: RoundStart, *, round: int) -> ChunkResult:
-        """Train for one round from the weights in the module, which it moves.
+    def train(
+        self,
+        batches: ChunkBatches,
+        shares: torch.Tensor,
+        start: RoundStart,
+        *,
+        round: int,
+        states: Sequence[Mapping[str, torch.Tensor]] = (),
+    ) -> ChunkResult:
+        """Train for one round, which leaves the clients' weights in the module.
 
         It ends early, with the losses so far, where one of them is not finite or nobody waits for them.
 
         Args:
             batches: of each client.
+            shares: [K] of each client in the totals, float64.
             start: of the round.
             round: for the learning rate.
+            states: what each client carries, where they carry anything.
 
         Raises:
             CannotStackError: the model cannot be run for many clients at once.
         """
+        if self.rounds.refusal or len(batches.sizes) * self._work.num_microbatches > _SHORT:
+            return self._train(batches, shares, start, round, states, self.passes.run)
+        lengths = [batches.lengths] if batches.is_ragged else []
+        given = [batches.rows, shares, start.parameters, *lengths, *start.statistics.values()]
+
+        def compute(given: Tensors) -> tuple[Tensors, None]:
+            rows, shares, parameters, *rest = given
+            own = replace(batches, rows=rows, lengths=rest[0] if lengths else batches.lengths)
+            statistics = dict(zip(start.statistics, rest[len(lengths) :], strict=True))
+            begin = RoundStart(parameters, statistics, start.still)
+            # such a round has come before, and is about to be recorded itself
+            is_known = not self.rounds.refusal and self.rounds.times(batches.sizes) > 1
+            run = self.passes.run_plainly if is_known else self.passes.run
+            result = self._train(own, shares, begin, round, (), run)
+            return [result.losses, result.figures, result.total, *result.buffers], None
+
+        found, _ = self.rounds.run(batches.sizes, given, compute, worth_s=_WORTH_S)
+        return ChunkResult(found[0], found[1], found[2], found[3:])
+
+    def _train(
+        self,
+        batches: ChunkBatches,
+        shares: torch.Tensor,
+        start: RoundStart,
+        round: int,
+        states: Sequence[Mapping[str, torch.Tensor]],
+        run: Callable[[Pass, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    ) -> ChunkResult:
         clients, work = len(batches.num_batches), self._work
+        self.module.load(start.parameters, start.statistics, clients)
+        if states:
+            self.carried.begin(states)
         longest = len(batches.sizes)
         losses = torch.zeros(longest, clients, dtype=torch.float64)
-        weights, correct, rates = torch.zeros(3, clients, dtype=torch.float64)
+        figures = torch.zeros(4, clients, dtype=torch.float64)
+        _, weights, correct, rates = figures
         rate_weights = RateSum(work.optimizer.settings if work.optimizer else {})
         every = work.accumulate_batches
-        samples = _Samples(work, batches)
+        samples = Samples(work, batches)
         for step, first in enumerate(range(0, longest, every)):
             active = batches.num_active(first)
             group = range(first, min(first + every, longest))
             if every > 1:
                 self.module.gradients.clear(active)
             self.module.begin_step(is_cleared=every > 1)
-            drawn = [self._draw(batches, samples, batch) for batch in group]
-            total = None
+            drawn = [samples.passes(batch) for batch in group]
+            whole = None
             if every > 1:
-                total = torch.zeros(active, dtype=torch.float64)
+                whole = torch.zeros(active, dtype=torch.float64)
                 for passes in drawn:
                     for one in passes:
-                        total[one.first : one.stop] += one.weights
+                        whole[one.first : one.stop] += one.weights
             ranges = []
             for batch, passes in zip(group, drawn, strict=True):
-                shares = _shares(passes, clients) if total is None else total
+                wholes = _wholes(passes, clients) if whole is None else whole
                 for one in passes:
                     span = slice(one.first, one.stop)
-                    sums, hits = self.passes.run(one, shares[span])
+                    sums, hits = run(one, wholes[span])
                     losses[batch, span].add_(sums)
                     correct[span].add_(hits)
                     weights[span].add_(one.weights)
@@ -154,26 +202,19 @@ class ChunkTrainer:
             if work.optimizer is not None:
                 lr = self._rate(batches, step, active, round)
                 self._step(step, active, lr, list(dict.fromkeys(ranges)), start)
-                own = lr.squeeze(1).double() if isinstance(lr, torch.Tensor) else lr
-                rates[:active] += own * rate_weights.weight()
+                rate = lr.squeeze(1).double() if isinstance(lr, torch.Tensor) else lr
+                rates[:active] += rate * rate_weights.weight()
             if step % _LOOK_EVERY == _LOOK_EVERY - 1:
                 seen = losses[max(0, group.stop - _LOOK_EVERY * every) : group.stop]
                 if self._is_over.is_set() or not bool(torch.isfinite(seen.sum())):
                     break
-        return ChunkResult(losses.sum(0), weights, correct, rates, losses)
-
-    def _draw(self, batches: ChunkBatches, samples: _Samples, batch: int) -> list[Pass]:
-        """The passes through the model that one batch takes."""
-        work, active = self._work, batches.num_active(batch)
-        sizes = batches.sizes[batch]
-        passes = []
-        for first, stop in _runs(sizes, active, work.pads):
-            for begin, width in _cuts(max(sizes[first:stop]), work.num_microbatches):
-                span = slice(begin, begin + width)
-                clients = slice(first, stop)
-                inputs = samples.inputs(batch, clients, span)
-                passes.append(Pass(first, stop, inputs, *samples.targets(batch, clients, span)))
-        return passes
+        figures[0].copy_(losses.sum(0))
+        total = torch.empty_like(start.parameters)
+        own = shares.to(total.dtype)
+        for part, span in zip(self.module.parameters.parts, self.module.layout.slices, strict=True):
+            torch.mv(part[:clients].t(), own, out=total[span])
+        buffers = [torch.tensordot(shares, b[:clients].double(), 1) for b in self.module.buffers.values()]
+        return ChunkResult(losses, figures, total, buffers)
 
     def _step(
         self,
@@ -237,87 +278,16 @@ class ChunkTrainer:
         return self.module.parameters.flat.new_tensor([[rates[count]] for count in counts])
 
 
-class _Samples:
-    """The samples of a chunk's batches, drawn for several batches at once where these are small.
-
-    Threads wait for each other between operations, so a few large ones are faster than many small ones.
-
-    Args:
-        work: what the clients do.
-        batches: of the round.
-    """
-
-    def __init__(self, work: ChunkWork, batches: ChunkBatches) -> None:
-        self._work, self._batches = work, batches
-        self._inputs, self._targets = range(0), range(0)  # batches that are drawn
-        sample, (_, *shape) = batches.rows[0, :1, 0], batches.rows.shape
-        self._num_targets = work.dataset.target_batch(sample).numel() * math.prod(shape)
-        self._num_bytes = work.dataset.input_batch(sample).nbytes * math.prod(shape)
-
-    def inputs(self, batch: int, clients: slice, samples: slice) -> torch.Tensor:
-        """[K, B, ...] inputs of some clients' samples of a batch."""
-        if 2 * self._num_bytes > _DRAWN_BYTES:
-            rows = self._batches.rows[batch, clients, samples]
-            return _unflattened(self._work.dataset.input_batch(rows.reshape(-1)), rows.shape)
-        if batch not in self._inputs:
-            self._inputs = self._next(batch, _DRAWN_BYTES // self._num_bytes)
-            rows = self._batches.rows[self._inputs.start : self._inputs.stop]
-            drawn = self._work.dataset.input_batch(rows.reshape(-1))
-            self._drawn_inputs = _unflattened(drawn, rows.shape)
-        return self._drawn_inputs[batch - self._inputs.start, clients, samples].contiguous()
-
-    def targets(self, batch: int, clients: slice, samples: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """[K, B, ...] targets of some clients' samples of a batch, and their [K] weights."""
-        if batch not in self._targets:
-            self._draw_targets(batch)
-        place = batch - self._targets.start
-        targets = self._drawn_targets[place, clients, samples]
-        if not self._work.pads:  # some of the samples only, perhaps
-            return targets, self._work.objective.weights(targets)
-        return targets, self._weights[place, clients]
-
-    def _draw_targets(self, first: int) -> None:
-        """Of the batches from this one on."""
-        work = self._work
-        self._targets = self._next(first, _DRAWN_TARGETS // self._num_targets)
-        span = slice(self._targets.start, self._targets.stop)
-        rows = self._batches.rows[span]
-        targets = work.dataset.target_batch(rows.reshape(-1)).unflatten(0, (-1, rows.shape[2]))
-        if work.pads:
-            targets = work.objective.pad(targets, torch.tensor(self._batches.sizes[span]).view(-1))
-            self._weights = work.objective.weights(targets).view(rows.shape[:2])
-        self._drawn_targets = targets.unflatten(0, rows.shape[:2])
-
-    def _next(self, first: int, count: int) -> range:
-        return range(first, min(first + max(count, 1), len(self._batches.rows)))
+def _why_not_alike(work: ChunkWork) -> str:
+    """Why a round may do something else than another of the same batches; empty if it does not."""
+    if not isinstance(work.learning_rate, Constant):
+        return "the learning rate changes from round to round"
+    if work.rule is not None or work.is_remembered:
+        return "clients carry something from round to round"
+    return ""
 
 
-def _unflattened(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    return tensor.view(*shape, *tensor.shape[1:])
-
-
-def _runs(sizes: Sequence[int], active: int, pads: bool) -> list[tuple[int, int]]:
-    """Neighbouring clients that can run together: all, or those with equally large batches."""
-    if pads:
-        return [(0, active)]
-    runs, first = [], 0
-    for _, group in itertools.groupby(sizes[:active]):
-        stop = first + len(list(group))
-        runs.append((first, stop))
-        first = stop
-    return runs
-
-
-def _cuts(size: int, num_microbatches: int) -> list[tuple[int, int]]:
-    """Where each micro-batch begins, and how wide it is."""
-    cuts, begin = [], 0
-    for width in microbatch_sizes(size, num_microbatches):
-        cuts.append((begin, width))
-        begin += width
-    return cuts
-
-
-def _shares(passes: Sequence[Pass], clients: int) -> torch.Tensor:
+def _wholes(passes: Sequence[Pass], clients: int) -> torch.Tensor:
     """[K] weights of a whole batch, of the clients that have one."""
     if len(passes) == 1:
         return passes[0].weights

@@ -214,9 +214,10 @@ class StackedModule:
             slot.is_written = is_written
 
     def tensors(self) -> list[torch.Tensor]:
-        """All that passes may change: weights, gradients, and the model's own tensors."""
+        """All that training may change: weights, gradients, optimizer state, and the model's own tensors."""
         own = [*self.module.parameters(), *self.module.buffers()]
-        return [self.parameters.flat, self.gradients.flat, *self.buffers.values(), *own]
+        flat = [each.flat for each in (self.parameters, self.gradients, *self.state)]
+        return [*flat, *self.buffers.values(), *own]
 
     def with_gradient(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
         """Places, in the layout, of the parameters that have a gradient: usually all."""

@@ -34,8 +34,8 @@ class Objective:
         """Say of all but the first `sizes[k]` samples of client k, [K, B, ...], that they do not count."""
         assert isinstance(self.task, CrossEntropy)
         is_padding = torch.arange(targets.shape[1]) >= sizes.unsqueeze(1)
-        targets[is_padding] = self.task.ignore_index
-        return targets
+        is_padding = is_padding.view(*is_padding.shape, *[1] * (targets.dim() - 2))
+        return targets.masked_fill(is_padding, self.task.ignore_index)
 
     def weights(self, targets: torch.Tensor) -> torch.Tensor:
         """[K] weights of targets, [K, B, ...]."""

@@ -1,46 +1,21 @@
-"""Passes of a chunk through the model and back: by the model's own Python at first, then from a tape.
-
-A kind of pass (which clients, which shapes) is recorded twice. Only if both recordings do the same, nothing but
-tensors changed meanwhile, and a replay gives what the model's own pass gave, the tape replaces it from then on.
+"""Passes of a chunk through the model and back.
 
 Shape letters: K clients, B samples of a batch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import pickle
-import random
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import nn
 
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
-from fedmp.cohort.probe import is_close
-from fedmp.cohort.recording import Recording, record
-from fedmp.cohort.registry import CannotStackError
-from fedmp.cohort.tape import CannotReplayError, Tape
-from fedmp.pipeline import give_back
+from fedmp.cohort.replays import Replays, Tensors
 
 __all__ = ["Pass", "Passes"]
 
-_WORTH_S = 0.02  # what a small kind of pass takes to be recorded: done once its passes have taken as long
-_TOLERANCE = 1e-5  # of the largest entry; a replay does the same arithmetic, at other addresses
-_KINDS = 1024  # that are counted
-_TAPES_BYTES = 16 << 20  # that a chunk's tapes may hold, unless the one in use takes more
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ONE_AT_A_TIME = threading.Lock()  # what is recorded and tried out takes memory meanwhile
-_TENSORS_OF = ("_parameters", "_buffers")  # a module; one that is replaced shows on the tape
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_WORTH_S = 0.02  # what a small kind of pass takes to be recorded
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,23 +35,6 @@ class Pass:
     weights: torch.Tensor
 
 
-@dataclass(eq=False)
-class _Kind:
-    """What is known of passes that are alike."""
-
-    spent_s: float = 0.0
-    given: list[torch.Tensor] = field(default_factory=list)
-    candidate: Tape | None = None
-    tape: Tape | None = None
-    written: tuple[bool, ...] = ()
-
-    @property
-    def num_bytes(self) -> int:
-        """That it holds."""
-        tapes = [tape for tape in (self.tape, self.candidate) if tape is not None]
-        return sum(tape.num_bytes for tape in tapes) + sum(tensor.nbytes for tensor in self.given)
-
-
 class Passes:
     """Runs passes, each of which adds its clients' gradients to the module's.
 
@@ -86,21 +44,18 @@ class Passes:
         replays: whether tapes may be used.
 
     Attributes:
-        refusal: why they are not; empty while they may be.
-        num_replayed: passes that were replayed.
+        replays: those tapes.
     """
 
     def __init__(self, module: StackedModule, objective: Objective, *, replays: bool) -> None:
         self._module, self._objective = module, objective
-        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
-        self.num_replayed = self._num_bytes = 0
-        self._latest: _Kind | None = None  # that was replayed
-        self.refusal = "" if replays else "not wanted"
+        self.replays = Replays(module, [objective.task])
+        self.replays.refusal = "" if replays else "not wanted"
         if replays and objective.task.has_accuracy and not objective.takes_padding:
-            self.refusal = "the task counts correct predictions in Python"
+            self.replays.refusal = "the task counts correct predictions in Python"
 
     def run(self, one: Pass, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a pass.
+        """Run a pass, or replay it.
 
         Args:
             one: the pass.
@@ -113,200 +68,27 @@ class Passes:
             CannotStackError: the model cannot be run for many clients at once.
         """
         given = [one.inputs, one.targets, totals]
-        if self.refusal:
-            return self._plainly(one.first, one.stop, *given)
         before = self._module.written(one.first, one.stop)
         key = (one.first, one.stop, before, *((tensor.shape, tensor.dtype) for tensor in given))
-        kind = self._kinds.get(key)
-        if kind is None:
-            kind = self._kinds[key] = _Kind()
-        self._kinds.move_to_end(key)
-        if kind.tape is not None:
-            self._latest = kind
-            self.num_replayed += 1
-            return self._replay(kind, kind.tape, one, given, before)
-        if kind.spent_s < _WORTH_S:
-            self._forget()
-            begun_s = time.perf_counter()
-            results = self._plainly(one.first, one.stop, *given)
-            kind.spent_s += time.perf_counter() - begun_s
-            return results
-        try:
-            with _ONE_AT_A_TIME:
-                return self._record(kind, one, given)
-        except CannotReplayError as error:
-            self.refusal = str(error)
-            return self._plainly(one.first, one.stop, *given)
-        finally:
-            if self.refusal:
-                self._kinds.clear()
-            self._num_bytes = sum(kind.num_bytes for kind in self._kinds.values())
 
-    @property
-    def num_kinds_held(self) -> int:
-        """Kinds of passes that hold memory."""
-        return sum(kind.num_bytes > 0 for kind in self._kinds.values())
-
-    def _replay(
-        self, kind: _Kind, tape: Tape, one: Pass, given: list[torch.Tensor], before: tuple[bool, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        for held, tensor in zip(kind.given, given, strict=True):
-            held.copy_(tensor)
-        try:
-            tape.replay()
-        except RuntimeError:  # on these values; the model's own Python says so in torch's own words
+        def compute(given: Tensors) -> tuple[Tensors, tuple[bool, ...]]:
             self._module.mark_written(one.first, one.stop, before)
-            self._plainly(one.first, one.stop, *given)
-            raise
-        self._module.mark_written(one.first, one.stop, kind.written)
-        sums, correct = tape.results
+            return self._run(one, *given), self._module.written(one.first, one.stop)
+
+        (sums, correct), after = self.replays.run(key, given, compute, worth_s=_WORTH_S)
+        self._module.mark_written(one.first, one.stop, after)
         return sums, correct
 
-    def _plainly(
-        self, first: int, stop: int, inputs: torch.Tensor, targets: torch.Tensor, totals: torch.Tensor
+    def run_plainly(self, one: Pass, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same by the model's own forward and backward."""
+        return self._run(one, one.inputs, one.targets, totals)
+
+    def _run(
+        self, one: Pass, inputs: torch.Tensor, targets: torch.Tensor, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the model's own forward and backward."""
-        output = self._module.run(inputs, first, stop)
+        output = self._module.run(inputs, one.first, one.stop)
         sums = self._objective.loss_sums(output, targets)
         if sums.requires_grad:
             self._objective.go_back(sums, totals)
-            self._module.collect(first, stop)
+            self._module.collect(one.first, one.stop)
         return sums.detach(), self._objective.num_correct(output, targets)
-
-    def _record(self, kind: _Kind, one: Pass, given: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run it so, too, and record it.
-
-        Raises:
-            CannotReplayError: it cannot be recorded, and has not been run.
-        """
-        roots = self._module.module, self._objective.task
-        around, has_hooks = _python_state(*roots)
-        if has_hooks:
-            raise CannotReplayError("a module has hooks")
-        if not kind.given:
-            kind.given = [tensor.clone() for tensor in given]
-        for held, tensor in zip(kind.given, given, strict=True):
-            held.copy_(tensor)
-        known = [*kind.given, *self._module.tensors()]
-        earlier = kind.candidate
-        before = [tensor.clone() for tensor in earlier.written] if earlier is not None else []
-        statistics = [buffer.clone() for buffer in self._module.buffers.values()]
-        try:
-            (sums, correct), recording = record(lambda: self._plainly(one.first, one.stop, *kind.given))
-        except CannotStackError as error:  # only while it is recorded: vmap then takes some functions apart
-            for buffer, held in zip(self._module.buffers.values(), statistics, strict=True):
-                buffer.copy_(held)
-            raise CannotReplayError(str(error)) from error
-        kind.written = self._module.written(one.first, one.stop)
-        if bool(torch.isfinite(sums).all()):  # the training is about to end, otherwise
-            self.refusal = self._judge(kind, recording, known, (sums, correct), before, around)
-        return sums, correct
-
-    def _judge(
-        self,
-        kind: _Kind,
-        recording: Recording,
-        known: list[torch.Tensor],
-        results: tuple[torch.Tensor, torch.Tensor],
-        before: list[torch.Tensor],
-        around: bytes,
-    ) -> str:
-        """Why what was recorded cannot be replayed; empty if it can, or is to be recorded once more."""
-        try:
-            if _python_state(self._module.module, self._objective.task)[0] != around:
-                return "its forward changes something besides tensors"
-            tape = Tape(recording, known=known, results=results)
-        except CannotReplayError as error:
-            return str(error)
-        earlier, kind.candidate = kind.candidate, tape
-        if earlier is None:
-            return ""
-        kind.candidate = None
-        if not tape.is_same(earlier):
-            return "its forward does not do the same each time"
-        if not _replays(tape, before, list(results)):
-            return "a replay fails or gives something else"
-        kind.tape = tape
-        give_back()  # the tape has memory of its own
-        return ""
-
-    def _forget(self) -> None:
-        """Drop the kinds that came least lately, where there are many or they hold too much."""
-        if len(self._kinds) <= _KINDS and self._num_bytes <= _TAPES_BYTES:
-            return
-        for key, kind in list(self._kinds.items()):
-            if len(self._kinds) <= _KINDS and self._num_bytes <= _TAPES_BYTES:
-                break
-            if kind is not self._latest and kind is not next(reversed(self._kinds.values())):
-                self._num_bytes -= kind.num_bytes
-                del self._kinds[key]
-
-
-def _replays(tape: Tape, before: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
-    """Whether a replay of a pass that was just run gives the same; what the pass wrote stays."""
-    written = tape.written
-    after = [tensor.clone() for tensor in written]
-    for tensor, old in zip(written, before, strict=True):
-        tensor.copy_(old)
-    try:
-        tape.replay()
-        if not tape.is_intact:
-            return False
-        pairs = [*zip(written, after, strict=True), *zip(tape.results, results, strict=True)]
-        return all(is_close(found, expected, _TOLERANCE) for found, expected in pairs)
-    except RuntimeError:  # torch's interpreter does not know an operation
-        return False
-    finally:
-        for tensor, new in zip(written, after, strict=True):
-            tensor.copy_(new)
-
-
-class _Snapshot(pickle.Pickler):
-    """Writes down what Python code could go by, besides tensors: all that hangs on some objects, and the generators.
-
-    Tensors, functions and classes count as what they are, modules as what they hold. Of what is written only the
-    digest is kept.
-    """
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        super().__init__(self)
-        self.modules: dict[int, nn.Module] = {}
-
-    def write(self, data: bytes) -> None:
-        """Take what is written down."""
-        self._digest.update(data)
-
-    def digest(self) -> bytes:
-        """Of all that was written."""
-        return self._digest.digest()
-
-    def persistent_id(self, value: Any) -> Any:
-        """What stands for an object that is not written down itself."""
-        if isinstance(value, nn.Module):
-            self.modules.setdefault(id(value), value)
-            return "module", id(value)
-        is_itself = isinstance(value, torch.Tensor | type) or inspect.isroutine(value)
-        return ("object", id(value)) if is_itself else None
-
-
-def _python_state(*roots: Any) -> tuple[bytes, bool]:
-    """What a forward could change or go by, besides tensors; and whether any module has hooks.
-
-    Raises:
-        CannotReplayError: an object cannot be compared.
-    """
-    snapshot, done = _Snapshot(), 0
-    try:
-        snapshot.dump((roots, random.getstate(), np.random.get_state(legacy=False)))
-        while done < len(snapshot.modules):  # more are found on the way
-            module = list(snapshot.modules.values())[done]
-            held = {name: value for name, value in vars(module).items() if name not in _TENSORS_OF}
-            kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.")]
-            shared = [value for kind in kinds for value in vars(kind).values() if isinstance(value, _PLAIN)]
-            snapshot.dump((held, shared))
-            done += 1
-    except Exception as error:  # whatever an object's own pickling raises
-        raise CannotReplayError(f"a module holds what cannot be compared: {error!r:.100}") from error
-    has_hooks = any(getattr(one, name, None) for one in snapshot.modules.values() for name in _HOOKS)
-    return snapshot.digest(), has_hooks

@@ -5,12 +5,15 @@ Shape letters: K clients of the cohort, P trained parameters.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -19,6 +22,7 @@ from fedmp.cohort.carried import Memory
 from fedmp.cohort.chunk import ChunkTrainer, ChunkWork
 from fedmp.cohort.module import FlatLayout, StackedModule
 from fedmp.cohort.start import RoundStart
+from fedmp.data import Rows
 from fedmp.errors import TrainingError
 from fedmp.pipeline import keep_freed
 
@@ -31,13 +35,15 @@ class Cohort:
 
     Attributes:
         clients: their names.
-        rows: each one's rows of the data set.
+        rows: everybody's rows of the data set.
+        places: [K] of the clients among those.
         num_batches: of each in this round.
         weights: of each in the mean.
     """
 
     clients: Sequence[str]
-    rows: Sequence[torch.Tensor]
+    rows: Rows
+    places: npt.NDArray[np.int64]
     num_batches: Sequence[int]
     weights: Sequence[float]
 
@@ -47,7 +53,7 @@ class CohortResult:
     """What a cohort's training gave.
 
     Attributes:
-        loss_sums, weights, num_correct, rate_sums: [K] sums over each client's round.
+        figures: [4, K] sums over each client's round; see `ChunkResult`.
         evaluation: [K, 3] zeros, for whoever evaluates the starting model: its loss, weight and correct
             predictions.
         total: [P] the clients' trained parameters times their weights, summed.
@@ -56,10 +62,7 @@ class CohortResult:
         own_buffers: [K, ...] each client's statistics alike.
     """
 
-    loss_sums: torch.Tensor
-    weights: torch.Tensor
-    num_correct: torch.Tensor
-    rate_sums: torch.Tensor
+    figures: torch.Tensor
     evaluation: torch.Tensor
     total: torch.Tensor
     buffers: Mapping[str, torch.Tensor]
@@ -111,7 +114,8 @@ class CohortTraining:
     @property
     def refusal(self) -> str:
         """Why steps are not replayed; empty if they are, or may yet be."""
-        return next((t.passes.refusal for t in self._trainers if t.passes.refusal), "")
+        refusals = (trainer.passes.replays.refusal for trainer in self._trainers)
+        return next(filter(None, refusals), "")
 
     def close(self) -> None:
         """End the threads, which an interrupt or an error may have left in the middle of a round."""
@@ -144,13 +148,11 @@ class CohortTraining:
         """
         result = self._empty(cohort, start.parameters, start.statistics, keep)
         # equal work side by side, the longest first: less padding, and threads that end together
-        sizes = [
-            (-count, -rows.shape[0]) for count, rows in zip(cohort.num_batches, cohort.rows, strict=True)
-        ]
-        order = sorted(range(len(sizes)), key=sizes.__getitem__)
+        _, sizes = cohort.rows.spans(cohort.places)
+        order = np.lexsort((-sizes, -np.array(cohort.num_batches))).tolist()
         chunks = _cut(order, self._chunk, self._num_workers)
 
-        def run(members: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def run(members: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
             trainer = self._free.get()
             try:
                 return self._train_chunk(trainer, cohort, members, start, round, result, memory)
@@ -164,8 +166,8 @@ class CohortTraining:
             on_chunk(done)
         for total, statistics in sums:  # not before all threads are done: each has a core by itself
             result.total.add_(total)
-            for name, tensor in statistics.items():
-                result.buffers[name].add_(tensor)
+            for whole, part in zip(result.buffers.values(), statistics, strict=True):
+                whole.add_(part)
         if not bool(torch.isfinite(result.total).all()):
             raise TrainingError(_explain("the weights are", cohort, round))
         return result
@@ -176,10 +178,7 @@ class CohortTraining:
         clients = len(cohort.clients)
         wide = torch.float64
         return CohortResult(
-            loss_sums=torch.zeros(clients, dtype=wide),
-            weights=torch.zeros(clients, dtype=wide),
-            num_correct=torch.zeros(clients, dtype=wide),
-            rate_sums=torch.zeros(clients, dtype=wide),
+            figures=torch.zeros(4, clients, dtype=wide),
             evaluation=torch.zeros(clients, 3, dtype=wide),
             total=torch.zeros_like(start),
             buffers={name: torch.zeros_like(tensor, dtype=wide) for name, tensor in buffers.items()},
@@ -196,45 +195,37 @@ class CohortTraining:
         round: int,
         result: CohortResult,
         memory: Memory | None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Train some of the cohort; returns their weighted sums, in the memory of nobody."""
         module = trainer.module
         clients = [cohort.clients[k] for k in members]
         batches = draw_batches(
             clients,
-            [cohort.rows[k] for k in members],
+            cohort.rows,
+            cohort.places[members],
             [cohort.num_batches[k] for k in members],
             batch_size=self._batch_size,
             seed=self._seed,
             round=round,
         )
-        module.load(start.parameters, start.statistics, len(members))
+        states = []
         if memory is not None and self._is_remembered:
-            trainer.carried.begin([memory.load(client) for client in clients])
-        trained = trainer.train(batches, start, round=round)
+            states = [memory.load(client) for client in clients]
+        shares = torch.tensor([cohort.weights[k] for k in members], dtype=torch.float64)
+        trained = trainer.train(batches, shares, start, round=round, states=states)
         _check(trained.losses, clients, round)
         if memory is not None and self._is_remembered:
             num_steps = [-(-count // self._every) for count in batches.num_batches]
-            states = trainer.carried.end(num_steps, trained.rate_sums, start)
-            for client, state in zip(clients, states, strict=True):
+            kept = trainer.carried.end(num_steps, trained.figures[3], start)
+            for client, state in zip(clients, kept, strict=True):
                 memory.save(client, state)
         places = torch.tensor(members)
-        result.loss_sums[places] = trained.loss_sums.double()
-        result.weights[places] = trained.weights.double()
-        result.num_correct[places] = trained.num_correct.double()
-        result.rate_sums[places] = trained.rate_sums
+        result.figures[:, places] = trained.figures
         if result.parameters.shape[0]:
             result.parameters[places] = module.parameters.rows(len(members))
-        weights = torch.tensor([cohort.weights[k] for k in members], dtype=torch.float64)
-        statistics = {}
-        for name, buffer in module.buffers.items():
-            own = buffer[: len(members)]
-            if name in result.own_buffers:
-                result.own_buffers[name][places] = own
-            statistics[name] = torch.tensordot(weights, own.double(), 1)
-        shares = weights.to(result.total.dtype)
-        total = torch.cat([torch.mv(part[: len(members)].t(), shares) for part in module.parameters.parts])
-        return total, statistics
+        for name, own in result.own_buffers.items():
+            own[places] = module.buffers[name][: len(members)]
+        return trained.total.clone(), [buffer.clone() for buffer in trained.buffers]
 
 
 def _cut(order: Sequence[int], most: int, workers: int) -> list[Sequence[int]]:
@@ -251,7 +242,7 @@ def _check(losses: torch.Tensor, clients: Sequence[str], round: int) -> None:
     Raises:
         TrainingError: one is not.
     """
-    if bool(torch.isfinite(losses.sum())):
+    if math.isfinite(float(losses.sum())):
         return
     bad = (~torch.isfinite(losses)).nonzero()
     step, client = bad[0].tolist()

@@ -66,17 +66,51 @@ class ClientUpdate(Contribution):
     @property
     def start_loss(self) -> float | None:
         """Mean loss of the round's starting model on its data; None where that was not asked for."""
-        weight = sum(report.evaluation_weight for report in self.reports)
-        return sum(report.evaluation_loss_sum for report in self.reports) / weight if weight else None
+        weight = self.evaluation_weight
+        return self.evaluation_loss_sum / weight if weight else None
 
     @property
     def loss(self) -> float | None:
         """Mean loss of the starting model, or else over its local training; None if it told neither."""
-        start_loss = self.start_loss
+        start_loss, weight = self.start_loss, self.weight
         if start_loss is not None:
             return start_loss
-        weight = sum(report.weight for report in self.reports)
-        return sum(report.loss_sum for report in self.reports) / weight if weight else None
+        return self.loss_sum / weight if weight else None
+
+    @property
+    def generation(self) -> str:
+        """Of the pipeline that made it; empty for a client of one process."""
+        return self.reports[0].generation
+
+    @property
+    def loss_sum(self) -> float:
+        """Over local training."""
+        return sum(report.loss_sum for report in self.reports)
+
+    @property
+    def weight(self) -> float:
+        """Of the losses over local training."""
+        return sum(report.weight for report in self.reports)
+
+    @property
+    def evaluation_loss_sum(self) -> float:
+        """Of the round's starting model on its data."""
+        return sum(report.evaluation_loss_sum for report in self.reports)
+
+    @property
+    def evaluation_weight(self) -> float:
+        """Of these losses; 0 where they were not asked for."""
+        return sum(report.evaluation_weight for report in self.reports)
+
+    @property
+    def evaluation_correct(self) -> float:
+        """Correct predictions of the starting model on its data."""
+        return sum(report.evaluation_correct for report in self.reports)
+
+    @property
+    def pipeline_bytes(self) -> int:
+        """Bytes between its devices."""
+        return sum(report.pipeline_bytes for report in self.reports)
 
     def discounted(self, factor: float) -> ClientUpdate:
         """The same update, its floating-point tensors multiplied by a factor when they are asked for."""

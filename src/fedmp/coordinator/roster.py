@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fedmp.coordinator.clients import ClientUpdate
 from fedmp.records import state_key
-from fedmp.strategy import ClientFacts
+from fedmp.strategy import ClientFacts, figures
 
 __all__ = ["Roster", "Standing", "after_round", "facts_of", "states_of"]
 
@@ -48,9 +48,12 @@ def after_round(roster: Roster, updates: Sequence[ClientUpdate]) -> dict[str, St
     """
     keys: dict[tuple[int, str], str] = {}  # most clients' are the same: one string for all of them
     standings = {}
-    for update in updates:
-        begun = update.round, update.reports[0].generation
-        standings[update.client] = Standing(keys.setdefault(begun, state_key(*begun)), update.loss)
+    columns = [figures(updates, name) for name in ("client", "round", "generation", "loss")]
+    for client, round, generation, loss in zip(*columns, strict=True):
+        begun = round, generation
+        if begun not in keys:
+            keys[begun] = state_key(*begun)
+        standings[client] = Standing(keys[begun], loss)
     return {**roster, **standings}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,9 +16,9 @@ from fedmp.coordinator.clients import Clients, ClientUpdate, Opening, Trained
 from fedmp.coordinator.global_model import GlobalModel
 from fedmp.coordinator.roster import Roster, after_round, facts_of, states_of
 from fedmp.errors import RoundError
-from fedmp.records import DeviceReport, Observer, RoundFinished, RoundRecord, RoundStarted
+from fedmp.records import Observer, RoundFinished, RoundRecord, RoundStarted
 from fedmp.seeds import derive_seed
-from fedmp.strategy import Strategy
+from fedmp.strategy import Strategy, figures
 
 __all__ = ["RoundSettings", "run_rounds"]
 
@@ -64,7 +65,7 @@ def run_rounds(
     checkpoints: CheckpointStore,
     evaluate: Callable[[], Evaluation],
     observe: Observer,
-    on_reports: Callable[[int, Mapping[str, Sequence[DeviceReport]]], None] = lambda *_: None,
+    on_updates: Callable[[Sequence[ClientUpdate]], None] = lambda _: None,
 ) -> list[RoundRecord]:
     """Run the rounds of a job.
 
@@ -76,7 +77,7 @@ def run_rounds(
         checkpoints: where each round is committed.
         evaluate: loss and accuracy of the global model on the held-out set.
         observe: told of starts and ends.
-        on_reports: given every committed round's device reports, by client.
+        on_updates: given every committed round's updates.
 
     Returns:
         One record a round.
@@ -108,7 +109,7 @@ def run_rounds(
         record = _record(round, trained, evaluation, started_s)
         _commit(checkpoints, settings.fingerprint, model, record, roster)
         clients.committed(round)
-        on_reports(round, {update.client: update.reports for update in trained.updates})
+        on_updates(trained.updates)
         observe(RoundFinished(record))
         records.append(record)
         late = trained.late
@@ -169,35 +170,38 @@ def _started(settings: RoundSettings, opening: Opening) -> RoundStarted:
 
 def _discounted(opening: Opening, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
     """The updates, those that are late discounted; as they are, if none is."""
-    if all(update.round == opening.round for update in updates):
+    if all(round == opening.round for round in figures(updates, "round")):
         return updates
     return [update.discounted(opening.closing.discount(opening.round - update.round)) for update in updates]
 
 
 def _record(round: int, trained: Trained, evaluation: Evaluation, started_s: float) -> RoundRecord:
     """A round's row from its device reports and the new global model's loss and accuracy."""
-    reports = [report for update in trained.updates for report in update.reports]
-    weight = sum(report.weight for report in reports)
-    evaluated = sum(report.evaluation_weight for report in reports)
+    clients, rounds = (figures(trained.updates, name) for name in ("client", "round"))
+
+    def total(name: str) -> Any:
+        return sum(figures(trained.updates, name))
+
+    weight, evaluated = total("weight"), total("evaluation_weight")
     return RoundRecord(
         round=round,
-        clients=tuple(update.client for update in trained.updates),
-        num_examples=sum(update.num_examples for update in trained.updates),
-        train_loss=sum(report.loss_sum for report in reports) / weight if weight else 0.0,
+        clients=tuple(clients),
+        num_examples=total("num_examples"),
+        train_loss=total("loss_sum") / weight if weight else 0.0,
         test_loss=evaluation[0],
         test_accuracy=evaluation[1],
-        federated_loss=sum(r.evaluation_loss_sum for r in reports) / evaluated if evaluated else None,
-        federated_accuracy=sum(r.evaluation_correct for r in reports) / evaluated if evaluated else None,
+        federated_loss=total("evaluation_loss_sum") / evaluated if evaluated else None,
+        federated_accuracy=total("evaluation_correct") / evaluated if evaluated else None,
         bytes_up=trained.bytes_up,
         bytes_down=trained.bytes_down,
-        pipeline_bytes=sum(report.pipeline_bytes for report in reports),
+        pipeline_bytes=total("pipeline_bytes"),
         wall_s=time.monotonic() - started_s,
         simulated_s=trained.simulated_s,
         faults=trained.faults,
         recoveries=trained.recoveries,
         sat_out=tuple(trained.sat_out),
         late=dict(trained.late),
-        stale={update.client: update.round for update in trained.updates if update.round != round},
+        stale={client: begun for client, begun in zip(clients, rounds, strict=True) if begun != round},
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -89,6 +90,13 @@ class Dataset:
         assert rows is not None
         return len(rows)
 
+    @cached_property
+    def _channels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation, [C], made once: so that what reads them reads the same tensors each time."""
+        assert self.inputs is not None
+        dtype = torch.float64 if self.inputs.dtype == torch.float64 else torch.float32
+        return torch.tensor(self.mean, dtype=dtype), torch.tensor(self.std, dtype=dtype)
+
     @property
     def num_classes(self) -> int:
         """Number of classes: of `label_names` if there are any, else the largest target plus one.
@@ -163,10 +171,9 @@ class Dataset:
         ready = _image_batch(rows) if rows.dtype == torch.uint8 else _widened(rows)
         if not self.mean:
             return ready
-        channels = (1, -1, *[1] * (ready.dim() - 2))
-        mean = torch.tensor(self.mean, dtype=ready.dtype).view(channels)
-        std = torch.tensor(self.std, dtype=ready.dtype).view(channels)
-        return (ready - mean).div_(std)
+        mean, std = self._channels
+        trailing = [1] * (ready.dim() - 2)
+        return (ready - mean.view(1, -1, *trailing)).div_(std.view(1, -1, *trailing))
 
     def target_batch(self, indices: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Targets of the given rows: int64 for classes, floating point for values.

@@ -24,6 +24,9 @@ class Rows(Sequence[torch.Tensor]):
         flat: [M] int64, the first client's, then the second's, and so on.
         sizes: of each client.
 
+    Attributes:
+        flat: the same tensor.
+
     Example:
         >>> rows = Rows(torch.tensor([3, 5, 4]), [2, 1])
         >>> rows[0].tolist(), rows.size(1)
@@ -31,7 +34,7 @@ class Rows(Sequence[torch.Tensor]):
     """
 
     def __init__(self, flat: torch.Tensor, sizes: Iterable[int]) -> None:
-        self._flat = flat
+        self.flat = flat
         self._ends = array("q", [0])
         for size in sizes:
             self._ends.append(self._ends[-1] + size)
@@ -68,7 +71,7 @@ class Rows(Sequence[torch.Tensor]):
                 raise DataError(
                     f"client {names[place]} has no training samples; use another split or fewer clients"
                 )
-        if rows._flat.min() < 0 or rows._flat.max() >= num_rows:
+        if rows.flat.min() < 0 or rows.flat.max() >= num_rows:
             place, wrong = rows._first_outside(num_rows)
             raise DataError(
                 f"the split gives client {names[place]} row {wrong}, but the {num_rows} rows are numbered "
@@ -79,6 +82,12 @@ class Rows(Sequence[torch.Tensor]):
     def size(self, place: int) -> int:
         """Number of rows of a client."""
         return self._ends[place + 1] - self._ends[place]
+
+    def spans(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """[K] where the rows of the clients at these places begin in `flat`, and how many there are."""
+        ends = np.frombuffer(self._ends, dtype=np.int64)
+        starts = ends[places]
+        return starts, ends[places + 1] - starts
 
     def __len__(self) -> int:
         """Number of clients."""
@@ -96,13 +105,13 @@ class Rows(Sequence[torch.Tensor]):
         if not -len(self) <= place < len(self):
             raise IndexError(f"there is no client {place}; there are {len(self)}")
         place %= len(self)
-        return self._flat[self._ends[place] : self._ends[place + 1]]
+        return self.flat[self._ends[place] : self._ends[place + 1]]
 
     def _first_outside(self, num_rows: int) -> tuple[int, int]:
         """The first row that the data set does not have, and the place of the client that it was given."""
-        outside = int(((self._flat < 0) | (self._flat >= num_rows)).nonzero()[0])
+        outside = int(((self.flat < 0) | (self.flat >= num_rows)).nonzero()[0])
         place = next(place for place in range(len(self)) if outside < self._ends[place + 1])
-        return place, int(self._flat[outside])
+        return place, int(self.flat[outside])
 
 
 def _as_rows(part: RowNumbers, name: str) -> torch.Tensor:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmp.coordinator import Opening
 from fedmp.errors import RoundError
+from fedmp.strategy import Closing
 
 __all__ = ["Arrivals", "predict_arrivals"]
 
@@ -53,8 +54,10 @@ def predict_arrivals(
     closing = opening.closing
     queue = [(left_s[client], place(client), client) for client in opening.late]
     queue += [(finish_s(client), place(client), client) for client in opening.cohort]
-    heapq.heapify(queue)
+    queue.sort()  # which is a heap, too
     spare = list(opening.spare) if closing.refills else []
+    if not spare and (on_time := _on_time(queue, closing)) is not None:
+        return on_time
     counted: list[str] = []
     now_s = 0.0
     while queue and len(counted) < closing.wanted:
@@ -77,3 +80,13 @@ def predict_arrivals(
             beginning = spare.pop(0)
             heapq.heappush(queue, (now_s + finish_s(beginning), place(beginning), beginning))
     return Arrivals(tuple(counted), {client: at_s - now_s for at_s, _, client in queue}, now_s)
+
+
+def _on_time(queue: Sequence[tuple[float, int, str]], closing: Closing) -> Arrivals | None:
+    """How a round goes in which all who are wanted finish in time; None if they do not."""
+    wanted = min(closing.wanted, len(queue))
+    now_s = queue[wanted - 1][0] if wanted else math.inf
+    if math.isinf(now_s) or (closing.deadline_s is not None and now_s > closing.deadline_s):
+        return None
+    left_s = {client: at_s - now_s for at_s, _, client in queue[wanted:]}
+    return Arrivals(tuple(client for _, _, client in queue[:wanted]), left_s, now_s)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from fedmp.aggregate import WeightedMean
-from fedmp.client import ClientState, LocalWork, StateStore, Wire, select, usable
+from fedmp.client import ClientState, StateStore, Wire, select, usable
 from fedmp.cohort import (
     ChunkWork,
     Cohort,
@@ -31,10 +31,10 @@ from fedmp.cohort import (
     probe,
 )
 from fedmp.data import Dataset
-from fedmp.engine.cohort_updates import CohortUpdates, Counts
+from fedmp.engine.cohort_updates import CohortUpdates
 from fedmp.engine.job import Job
+from fedmp.engine.population import SomeClients
 from fedmp.engine.session import Session, plain_evaluation
-from fedmp.engine.setup import ClientSetup
 from fedmp.graph import state_specs
 from fedmp.records import Note, Progress, state_key
 from fedmp.strategy import FedAvg, Scope, received_name
@@ -107,7 +107,6 @@ class ManyAtOnce:
         self._still = [name for name in trained_names(specs.values()) if name not in moved]
         self._scope = job.strategy.scope(specs)
         self._slots = job.strategy.local_rule.received if job.strategy.local_rule else ()
-        self._counts: dict[tuple[int, int], Counts] = {}
         self._is_refusal_told = not replays
         self._store = StateStore(session.state_folder, is_durable=False)
         optimizer = flat_optimizer(job.optimizer)
@@ -142,7 +141,7 @@ class ManyAtOnce:
 
     def train(
         self,
-        cohort: Sequence[ClientSetup],
+        cohort: SomeClients,
         *,
         round: int,
         states: Mapping[str, str],
@@ -174,7 +173,7 @@ class ManyAtOnce:
 
     def run(
         self,
-        cohort: Sequence[ClientSetup],
+        cohort: SomeClients,
         start: RoundStart,
         *,
         round: int,
@@ -193,12 +192,13 @@ class ManyAtOnce:
         Raises:
             TrainingError: a client's loss is not finite.
         """
-        counts = [self._count(one, round) for one in cohort]
-        samples = [count.examples for count in counts]
+        amounts = cohort.amounts(round)
+        samples = [amount.examples for amount in amounts]
         members = Cohort(
-            clients=[one.name for one in cohort],
-            rows=[one.own_rows for one in cohort],
-            num_batches=[count.batches for count in counts],
+            clients=cohort.names,
+            rows=cohort.rows,
+            places=cohort.places,
+            num_batches=[amount.batches for amount in amounts],
             weights=samples,
         )
         memory = _Memory(self._store, states, self._scope, tuple(self._prepared.specs), round)
@@ -218,13 +218,17 @@ class ManyAtOnce:
         return result
 
     def updates(
-        self, cohort: Sequence[ClientSetup], result: CohortResult, start: RoundStart, *, round: int
+        self, cohort: SomeClients, result: CohortResult, start: RoundStart, *, round: int
     ) -> CohortUpdates:
         """What the round loop takes, of the result of a whole cohort."""
-        own = self._scope.own
-        counts = [self._count(one, round) for one in cohort]
         return CohortUpdates(
-            cohort, counts, result, self._layout, start, still=self._still, own=own, round=round
+            cohort,
+            result,
+            self._layout,
+            start,
+            still=self._still,
+            own=self._scope.own,
+            round=round,
         )
 
     def close(self) -> None:
@@ -238,22 +242,12 @@ class ManyAtOnce:
         state = {**self._layout.by_name(start.parameters), **start.statistics, **start.still}
         evaluate = plain_evaluation(self._prepared.model, state, self._job.task)
         dataset, found = self._prepared.data.train, []
-        for client, rows in zip(cohort.clients, cohort.rows, strict=True):
+        for client, place in zip(cohort.clients, cohort.places.tolist(), strict=True):
             if self._scope.own:
                 own = select(memory.load(client), "own/")
                 evaluate = plain_evaluation(self._prepared.model, {**state, **own}, self._job.task)
-            found.append(evaluate(dataset, rows))
+            found.append(evaluate(dataset, cohort.rows[place]))
         return torch.tensor(found, dtype=torch.float64).view(-1, 3)
-
-    def _count(self, one: ClientSetup, round: int) -> Counts:
-        """How much a client does in a round; of clients with the same work and as many samples found out once."""
-        work, size = one.work.of_round(one.name, round), one.own_rows.shape[0]
-        if work is not one.work:
-            return _counts(work, size)
-        key = id(work), size  # the works of all kinds of clients live as long as the job
-        if key not in self._counts:
-            self._counts[key] = _counts(work, size)
-        return self._counts[key]
 
     def _teller(self, clients: Sequence[str], samples: Sequence[int], round: int) -> Callable[[int], None]:
         """Tells of a long round's progress."""
@@ -269,10 +263,6 @@ class ManyAtOnce:
             told_s, told = time.monotonic(), done
 
         return tell
-
-
-def _counts(work: LocalWork, num_samples: int) -> Counts:
-    return Counts(work.num_batches(num_samples), work.num_examples(num_samples), work.num_steps(num_samples))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from fedmp.coordinator import ClientUpdate
-from fedmp.engine.setup import ClientSetup
+from fedmp.engine.population import SomeClients
 
 __all__ = ["CohortTrainer"]
 
@@ -18,7 +18,7 @@ class CohortTrainer(Protocol):
 
     def train(
         self,
-        cohort: Sequence[ClientSetup],
+        cohort: SomeClients,
         *,
         round: int,
         states: Mapping[str, str],

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import NamedTuple, overload
+from typing import Any, overload
 
 import torch
 
 from fedmp.cohort import CohortResult, FlatLayout, RoundStart
 from fedmp.coordinator import ClientUpdate
-from fedmp.engine.setup import ClientSetup
+from fedmp.engine.population import SomeClients
 from fedmp.records import DeviceReport
 
-__all__ = ["CohortUpdates", "Counts"]
+__all__ = ["CohortUpdates"]
 
-
-class Counts(NamedTuple):
-    """How much a client does in a round."""
-
-    batches: int
-    examples: int
-    steps: int
+_REPORTED = (
+    "num_examples",
+    "num_samples",
+    "num_steps",
+    "loss_sum",
+    "weight",
+    "num_correct",
+    "rate_sum",
+    "evaluation_loss_sum",
+    "evaluation_weight",
+    "evaluation_correct",
+    "pipeline_bytes",
+)
+_SUMMED = tuple(
+    name for name in _REPORTED if name not in ("rate_sum", "num_correct")
+)  # as an update tells them
 
 
 class CohortUpdates(Sequence[ClientUpdate]):
@@ -28,7 +37,6 @@ class CohortUpdates(Sequence[ClientUpdate]):
 
     Args:
         cohort: who trained.
-        counts: how much each one did.
         result: of the training.
         layout: of the trained parameters.
         start: from which they were trained.
@@ -39,8 +47,7 @@ class CohortUpdates(Sequence[ClientUpdate]):
 
     def __init__(
         self,
-        cohort: Sequence[ClientSetup],
-        counts: Sequence[Counts],
+        cohort: SomeClients,
         result: CohortResult,
         layout: FlatLayout,
         start: RoundStart,
@@ -51,24 +58,48 @@ class CohortUpdates(Sequence[ClientUpdate]):
     ) -> None:
         self._result, self._layout, self._start = result, layout, start
         self._names = [name for name in (*layout.names, *start.statistics, *still) if name not in own]
-        self._updates = [
-            ClientUpdate(one.name, round, _Own(self, place), (report,))
-            for place, (one, report) in enumerate(zip(cohort, _reports(cohort, counts, result), strict=True))
-        ]
+        reported = _reported(cohort, result, round)
+        start_losses = _means(reported["evaluation_loss_sum"], reported["evaluation_weight"])
+        losses = _means(reported["loss_sum"], reported["weight"])
+        self._reported = reported
+        self._made: dict[int, ClientUpdate] = {}
+        self._figures: dict[str, Sequence[Any]] = {
+            "client": cohort.names,
+            "round": [round] * len(cohort),
+            "generation": [""] * len(cohort),
+            "start_loss": start_losses,
+            "loss": [own if told is None else told for told, own in zip(start_losses, losses, strict=True)],
+            **{name: reported[name] for name in _SUMMED},
+        }
 
     @overload
     def __getitem__(self, place: int) -> ClientUpdate: ...
     @overload
     def __getitem__(self, place: slice) -> Sequence[ClientUpdate]: ...
     def __getitem__(self, place: int | slice) -> ClientUpdate | Sequence[ClientUpdate]:
-        return self._updates[place]
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        if place not in self._made:
+            self._made[place] = self._make(place)
+        return self._made[place]
+
+    def _make(self, place: int) -> ClientUpdate:
+        report = DeviceReport(**{name: column[place] for name, column in self._reported.items()})
+        client, round = (self._figures[name][place] for name in ("client", "round"))
+        return ClientUpdate(client, round, _Own(self, place), (report,))
 
     def __len__(self) -> int:
-        return len(self._updates)
+        return len(self._figures["client"])
+
+    def figures(self, name: str) -> Sequence[Any]:
+        """One attribute of each update (`fedmp.strategy.figures`)."""
+        known = self._figures.get(name)
+        return [getattr(update, name) for update in self] if known is None else known
 
     def weighted_mean(self, weights: Sequence[float]) -> dict[str, torch.Tensor] | None:
         """The mean of all, without any of them; None if it was summed with other weights."""
-        if list(weights) != [float(update.num_examples) for update in self._updates]:
+        if list(weights) != self._reported["num_examples"]:
             return None
         total = float(sum(weights))
         mean = self._layout.by_name(self._result.total / total - self._start.parameters)
@@ -118,31 +149,22 @@ class _Own(Mapping[str, torch.Tensor]):
         return len(self._updates.names())
 
 
-def _reports(
-    cohort: Sequence[ClientSetup], counts: Sequence[Counts], result: CohortResult
-) -> list[DeviceReport]:
-    """What each client reports."""
-    sums = torch.stack([result.loss_sums, result.weights, result.num_correct, result.rate_sums], 1).tolist()
-    reports = []
-    for one, count, (loss, weight, correct, rates), told in zip(
-        cohort, counts, sums, result.evaluation.tolist(), strict=True
-    ):
-        reports.append(
-            DeviceReport(
-                num_examples=count.examples,
-                num_samples=one.own_rows.shape[0],
-                num_steps=count.steps,
-                rate_sum=rates,
-                loss_sum=loss,
-                weight=weight,
-                num_correct=correct,
-                evaluation_loss_sum=told[0],
-                evaluation_weight=told[1],
-                evaluation_correct=told[2],
-                pipeline_bytes=one.pipeline_bytes(count.examples),
-            )
-        )
-    return reports
+def _reported(cohort: SomeClients, result: CohortResult, round: int) -> dict[str, Sequence[Any]]:
+    """What each client reports, by field of `DeviceReport`."""
+    amounts = cohort.amounts(round)
+    columns = [
+        [amount.examples for amount in amounts],
+        cohort.sizes,
+        [amount.steps for amount in amounts],
+        *result.figures.tolist(),
+        *result.evaluation.t().tolist(),
+        cohort.pipeline_bytes(round),
+    ]
+    return dict(zip(_REPORTED, columns, strict=True))
+
+
+def _means(sums: Sequence[float], weights: Sequence[float]) -> list[float | None]:
+    return [total / weight if weight else None for total, weight in zip(sums, weights, strict=True)]
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

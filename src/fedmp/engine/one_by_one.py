@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedmp.client import LocalRound, StateStore
 from fedmp.cohort import cutting_matters
 from fedmp.coordinator import ClientUpdate
+from fedmp.engine.population import SomeClients
 from fedmp.engine.session import Session
 from fedmp.engine.setup import ClientSetup
 from fedmp.pipeline import BatchResult, StageRunner
@@ -55,7 +56,7 @@ class OneByOne:
 
     def train(
         self,
-        cohort: Sequence[ClientSetup],
+        cohort: SomeClients,
         *,
         round: int,
         states: Mapping[str, str],

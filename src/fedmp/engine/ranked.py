@@ -21,8 +21,8 @@ from fedmp.cohort import CohortResult, RoundStart
 from fedmp.coordinator import ClientUpdate
 from fedmp.engine.at_once import ManyAtOnce
 from fedmp.engine.cohort_trainer import CohortTrainer
+from fedmp.engine.population import Population, SomeClients
 from fedmp.engine.ranks import Message, Ranks
-from fedmp.engine.setup import ClientSetup
 from fedmp.errors import FedmpError, RoundError, TrainingError
 from fedmp.records import DeviceReport
 
@@ -44,7 +44,7 @@ class RankedTrainer:
 
     def train(
         self,
-        cohort: Sequence[ClientSetup],
+        cohort: SomeClients,
         *,
         round: int,
         states: Mapping[str, str],
@@ -57,19 +57,18 @@ class RankedTrainer:
             TrainingError: a client's loss is not finite, here or at another rank.
             RoundError: a rank is lost.
         """
-        amounts = [one.work.of_round(one.name, round).num_examples(len(one.own_rows)) for one in cohort]
-        parts = share_out(amounts, self._ranks.size)
+        parts = share_out([amount.examples for amount in cohort.amounts(round)], self._ranks.size)
         order = {
             "do": "train",
             "round": round,
             "keep": keep,
             "num_clients": len(cohort),
             "places": parts,
-            "clients": [[cohort[place].name for place in part] for part in parts],
-            "states": {one.name: states[one.name] for one in cohort if one.name in states},
+            "clients": [[cohort.names[place] for place in part] for part in parts],
+            "states": {name: states[name] for name in cohort.names if name in states},
         }
         self._ranks.tell(order, handed_out)
-        own = [cohort[place] for place in parts[0]]
+        own = cohort.take(parts[0])
         if not keep and isinstance(self._trainer, ManyAtOnce):
             start = self._trainer.start(handed_out)
             result = _summed(self._ranks, self._trainer, own, start, order)
@@ -78,8 +77,8 @@ class RankedTrainer:
 
     def _gathered(
         self,
-        cohort: Sequence[ClientSetup],
-        own: Sequence[ClientSetup],
+        cohort: SomeClients,
+        own: SomeClients,
         order: Mapping[str, Any],
         handed_out: Mapping[str, torch.Tensor],
     ) -> list[ClientUpdate]:
@@ -95,10 +94,10 @@ class RankedTrainer:
             raise failure
         for answer in answers:
             made.update({update.client: update for update in _read_updates(answer, order["round"])})
-        return [made[one.name] for one in cohort]
+        return [made[name] for name in cohort.names]
 
 
-def serve(ranks: Ranks, trainer: CohortTrainer, clients: Mapping[str, ClientSetup]) -> Message:
+def serve(ranks: Ranks, trainer: CohortTrainer, clients: Population) -> Message:
     """Train what rank 0 tells until it says that the job is over; for the other ranks.
 
     Args:
@@ -120,7 +119,7 @@ def serve(ranks: Ranks, trainer: CohortTrainer, clients: Mapping[str, ClientSetu
                     f"rank {ranks.rank} of {ranks.size} ends, because the job has: {order['error']}"
                 )
             return order, handed_out
-        own = [clients[name] for name in order["clients"][ranks.rank]]
+        own = clients.some(order["clients"][ranks.rank])
         if not order["keep"] and isinstance(trainer, ManyAtOnce):
             try:
                 _summed(ranks, trainer, own, trainer.start(handed_out), order)
@@ -159,7 +158,7 @@ class _OwnFailureError(Exception):
 
 
 def _summed(
-    ranks: Ranks, trainer: ManyAtOnce, own: Sequence[ClientSetup], start: RoundStart, order: Mapping[str, Any]
+    ranks: Ranks, trainer: ManyAtOnce, own: SomeClients, start: RoundStart, order: Mapping[str, Any]
 ) -> CohortResult:
     """Train this rank's part and add up everybody's; at rank 0, the result of the whole cohort.
 
@@ -184,8 +183,7 @@ def _summed(
             total.copy_(result.total)
             for name, tensor in result.buffers.items():
                 buffers[name].copy_(tensor)
-            columns = [result.loss_sums, result.weights, result.num_correct, result.rate_sums]
-            figures[order["places"][ranks.rank]] = torch.cat([torch.stack(columns, 1), result.evaluation], 1)
+            figures[order["places"][ranks.rank]] = torch.cat([result.figures.t(), result.evaluation], 1)
     except Exception as error:
         failure = error
         failed[ranks.rank] = 1
@@ -199,12 +197,8 @@ def _summed(
             raise failure
         if told:
             raise TrainingError(told[0])
-    loss_sums, weights, num_correct, rate_sums = summed[-1].view(-1, 7)[:, :4].unbind(1)
     return CohortResult(
-        loss_sums=loss_sums,
-        weights=weights,
-        num_correct=num_correct,
-        rate_sums=rate_sums,
+        figures=summed[-1].view(-1, 7)[:, :4].t(),
         evaluation=summed[-1].view(-1, 7)[:, 4:],
         total=summed[1].to(start.parameters.dtype),
         buffers={
@@ -217,7 +211,7 @@ def _summed(
 
 def _train(
     trainer: CohortTrainer,
-    own: Sequence[ClientSetup],
+    own: SomeClients,
     order: Mapping[str, Any],
     handed_out: Mapping[str, torch.Tensor],
 ) -> Sequence[ClientUpdate]:

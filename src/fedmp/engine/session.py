@@ -16,6 +16,7 @@ from fedmp.client import StateStore
 from fedmp.coordinator import (
     CheckpointStore,
     Clients,
+    ClientUpdate,
     GlobalModel,
     Journal,
     Roster,
@@ -30,7 +31,7 @@ from fedmp.engine.ranks import Ranks
 from fedmp.engine.setup import ClientSetup
 from fedmp.errors import RoundError
 from fedmp.pipeline import BatchResult, MicroBatches, StageRunner
-from fedmp.records import DeviceReport, Observer, RoundRecord, TimedAction
+from fedmp.records import Observer, RoundRecord, TimedAction
 from fedmp.stages import Stage
 from fedmp.tasks import Task
 
@@ -106,12 +107,12 @@ class Timelines:
     def __init__(self) -> None:
         self.by_client: dict[str, tuple[TimedAction, ...]] = {}
 
-    def keep(self, round: int, reports: Mapping[str, Sequence[DeviceReport]]) -> None:
+    def keep(self, updates: Sequence[ClientUpdate]) -> None:
         """Take those of a round."""
-        for client, devices in reports.items():
-            actions = [TimedAction(*row) for report in devices for row in report.timeline]
+        for update in updates:
+            actions = [TimedAction(*row) for report in update.reports for row in report.timeline]
             if actions:
-                self.by_client[client] = _from_zero(actions)
+                self.by_client[update.client] = _from_zero(actions)
 
 
 def run_session(
@@ -136,7 +137,7 @@ def run_session(
             checkpoints=session.checkpoints,
             evaluate=evaluator(session),
             observe=session.observe,
-            on_reports=(timelines or Timelines()).keep,
+            on_updates=timelines.keep if timelines is not None else lambda _: None,
         )
     except OSError as error:
         raise RoundError(
@@ -162,13 +163,11 @@ def round_settings(session: Session) -> RoundSettings:
     """What the coordinator's round loop needs to know of a job."""
     prepared = session.prepared
     clients = prepared.clients
+    names: Sequence[str] = tuple(clients)
+    num_samples = _attribute(clients, "num_samples")
+    round_samples = _attribute(clients, "round_samples")
     if isinstance(clients, Population):
-        names = clients.names
-        num_samples, round_samples = clients.num_samples, clients.round_samples
-    else:
-        names = tuple(clients)
-        num_samples = lambda name: clients[name].num_samples  # noqa: E731
-        round_samples = lambda name: clients[name].round_samples  # noqa: E731
+        names, num_samples, round_samples = clients.names, clients.num_samples, clients.round_samples
     return RoundSettings(
         clients=names,
         round_samples=_of_each(clients, round_samples),
@@ -182,6 +181,10 @@ def round_settings(session: Session) -> RoundSettings:
         num_samples=_of_each(clients, num_samples),
         roster=session.roster,
     )
+
+
+def _attribute(clients: Mapping[str, ClientSetup], name: str) -> Callable[[str], int]:
+    return lambda client: int(getattr(clients[client], name))
 
 
 def _of_each(clients: Mapping[str, ClientSetup], tell: Callable[[str], T]) -> Mapping[str, T]:

@@ -119,7 +119,10 @@ class ClientSetup:
     def round_work(self, num_samples: int, *, round: int | None = None) -> ClientWork:
         """What a round is to the clock, with so many samples; None for one with all of the work."""
         work = self.work if round is None else self.work.of_round(self.name, round)
-        num_batches = work.num_batches(num_samples)
+        return self.clock_work(work.num_batches(num_samples))
+
+    def clock_work(self, num_batches: int) -> ClientWork:
+        """What so many batches are to the clock."""
         return ClientWork(self.name, self.client.uplink, self.plan, num_batches, self.moved)
 
 

@@ -17,6 +17,7 @@ from fedmp.engine.fit import check_fit
 from fedmp.engine.job import Job
 from fedmp.engine.one_by_one import OneByOne
 from fedmp.engine.paced import PacedCheckpoints
+from fedmp.engine.population import Population
 from fedmp.engine.prepare import Prepared, build_model, load_and_split, plan_split
 from fedmp.engine.ranked import RankedTrainer, serve
 from fedmp.engine.ranks import Message, RankSettings
@@ -130,6 +131,7 @@ class SimulateEngine(Component):
         """
         ranks, clients = session.ranks, session.prepared.clients
         assert ranks is not None
+        assert isinstance(clients, Population)
         if not _is_at_once(session.prepared):
             return serve(ranks, self._one_by_one(session), clients)
         trainer = self._at_once(session)

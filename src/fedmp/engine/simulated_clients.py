@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 
 import torch
 
@@ -15,7 +14,7 @@ from fedmp.engine.arrivals import Arrivals, predict_arrivals
 from fedmp.engine.at_once import is_mean_by_samples
 from fedmp.engine.cohort_trainer import CohortTrainer
 from fedmp.engine.held import Held, HeldUpdates
-from fedmp.engine.population import Population
+from fedmp.engine.population import Population, SomeClients
 from fedmp.engine.session import Session
 from fedmp.engine.setup import ClientSetup
 from fedmp.engine.simulated_time import SimulatedTime
@@ -33,8 +32,8 @@ class SimulatedClients:
     Args:
         session: the job under way.
         trainer: trains a cohort.
-        finish_s: seconds in which a client that begins with a round finishes it; infinite if it never does; None
-            lets the job's clock tell.
+        finish_s: seconds in which each of some clients that begin with a round finishes it; infinite if it never
+            does; None lets the job's clock tell.
 
     Raises:
         ResumeError: late updates of an earlier run cannot be read.
@@ -44,12 +43,11 @@ class SimulatedClients:
         self,
         session: Session,
         trainer: CohortTrainer,
-        finish_s: Callable[[ClientSetup, int], float] | None = None,
+        finish_s: Callable[[SomeClients, int], Sequence[float]] | None = None,
     ) -> None:
-        self._prepared = session.prepared
         clients = session.prepared.clients
         assert isinstance(clients, Population)
-        self._place = clients.place
+        self._clients = clients
         self._trainer = trainer
         self._time = SimulatedTime(session)
         self._finish_s = finish_s or self._time.finish_s
@@ -66,26 +64,26 @@ class SimulatedClients:
             RoundError: fewer clients than the minimum ever finish.
             TrainingError: a client's loss is not finite.
         """
-        known, round = dict[str, ClientSetup](), opening.round
-        place = cache(self._place)
+        round, place = opening.round, self._clients.place
         self._time.open(opening)
+        begun = self._clients.some(opening.cohort)
+        finish_s = dict(zip(begun.names, self._finish_s(begun, round), strict=True))
 
-        def setup_of(client: str) -> ClientSetup:
-            if client not in known:
-                known[client] = self._prepared.clients[client]
-            return known[client]
+        def time_of(client: str) -> float:
+            if client not in finish_s:  # one that begins as another is done
+                (finish_s[client],) = self._finish_s(self._clients.some([client]), round)
+            return finish_s[client]
 
-        arrivals = predict_arrivals(
-            opening,
-            place=place,
-            left_s={client: held.left_s for client, held in self._held.items()},
-            finish_s=lambda client: self._finish_s(setup_of(client), round),
-        )
+        left_s = {client: held.left_s for client, held in self._held.items()}
+        arrivals = predict_arrivals(opening, place=place, left_s=left_s, finish_s=time_of)
         late, lost = self._late(opening, arrivals)
         faults, recoveries = self._time.close(arrivals)
-        took_part = sorted((*arrivals.counted, *arrivals.left_s), key=place)
-        begun = [setup_of(name) for name in took_part if name not in opening.late]
-        needed = [setup for setup in begun if setup.name not in lost]
+        if opening.spare:
+            took_part = sorted((*arrivals.counted, *arrivals.left_s), key=place)
+            begun = self._clients.some(name for name in took_part if name not in opening.late)
+        needed = begun
+        if lost:
+            needed = self._clients.some(name for name in begun.names if name not in lost)
         handed_out = self._wire.hand_out(round)
         is_summed = self._is_mean and not late and not self._held
         made = self._trainer.train(
@@ -118,30 +116,24 @@ class SimulatedClients:
             simulated_s=arrivals.duration_s,
         )
 
-    def _bytes_down(self, handed_out: HandedOut, begun: Sequence[ClientSetup], opening: Opening) -> int:
+    def _bytes_down(self, handed_out: HandedOut, begun: SomeClients, opening: Opening) -> int:
         """Bytes of what those receive who begin; of clients that are cut alike found out once."""
-        by_name = {setup.name: setup for setup in begun}
+        kinds, states = dict(zip(begun.names, begun.kinds, strict=True)), opening.states
+        keeps = {kind: kind.work.scope.keeps_values for kind in set(begun.kinds)}
         total = 0
-        for payload, names in self._wire.payloads(handed_out, list(by_name)):
-            known: dict[tuple[int, bool], int] = {}
-            for name in names:
-                setup, is_first = by_name[name], not opening.states.get(name)
-                key = id(setup.pieces), is_first and setup.work.scope.keeps_values
-                if key not in known:
-                    known[key] = self._traffic.down(setup, payload, round=opening.round, is_first=is_first)
-                total += known[key]
+        for payload, names in self._wire.payloads(handed_out, begun.names):
+            alike = Counter((kinds[name], keeps[kinds[name]] and not states.get(name)) for name in names)
+            for (kind, is_first), count in alike.items():
+                num_bytes = self._traffic.down(kind, payload, round=opening.round, is_first=is_first)
+                total += count * num_bytes
         return total
 
-    def _bytes_up(
-        self, cohort: Sequence[ClientSetup], made: Sequence[ClientUpdate], handed_out: HandedOut
-    ) -> int:
+    def _bytes_up(self, cohort: SomeClients, made: Sequence[ClientUpdate], handed_out: HandedOut) -> int:
         """Bytes of a cohort's updates, which all hold the same tensors, and travel as they are."""
         names = tuple(made[0]) if made else ()
-        alike = Counter(id(setup.pieces) for setup in cohort)
-        one_of = {id(setup.pieces): setup for setup in cohort}
         return sum(
-            count * self._traffic.plain_up(one_of[kind], names, handed_out.tensors)
-            for kind, count in alike.items()
+            count * self._traffic.plain_up(kind, names, handed_out.tensors)
+            for kind, count in Counter(cohort.kinds).items()
         )
 
     def _send(
@@ -165,7 +157,7 @@ class SimulatedClients:
         """Who goes on, with the seconds that are left; and whose updates count in no round, and why."""
         late, lost = dict[str, float](), dict[str, str]()
         oldest = opening.closing.oldest(opening.round)
-        for client in sorted(arrivals.left_s, key=self._place):
+        for client in sorted(arrivals.left_s, key=self._clients.place):
             left_s, begun = arrivals.left_s[client], opening.late.get(client, opening.round)
             if oldest is None or begun < oldest or math.isinf(left_s):
                 lost[client] = self._time.reason(client)

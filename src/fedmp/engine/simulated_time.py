@@ -8,7 +8,7 @@ from collections.abc import Container
 from fedmp.clock import Always, ClientTiming, ClientWork, ideal_round_s, time_clients
 from fedmp.coordinator import Opening
 from fedmp.engine.arrivals import Arrivals
-from fedmp.engine.population import MANY_CLIENTS
+from fedmp.engine.population import MANY_CLIENTS, SomeClients
 from fedmp.engine.prepare import plan_anew
 from fedmp.engine.session import Session
 from fedmp.engine.setup import ClientSetup
@@ -38,7 +38,7 @@ class SimulatedTime:
         is_ideal = self._job.clock.is_ideal
         self._is_ideal = is_ideal and not self._is_logged
         self._repeats = is_ideal and len(self._clients) <= MANY_CLIENTS
-        self._known_s: dict[tuple[int, int, int], float] = {}
+        self._known_s: dict[tuple[int, int], float] = {}
         self._timings: dict[str, ClientTiming] = {}
         self._repeated: dict[tuple[str, int, int], ClientTiming] = {}
         self._round = session.first_round - 1
@@ -57,10 +57,17 @@ class SimulatedTime:
         for client in {loss.device.partition("/")[0] for loss in self._job.clock.losses}:
             self._changed[client] = self._left(client, range(1, opening.round + 1))
 
-    def finish_s(self, setup: ClientSetup, round: int) -> float:
-        """Seconds in which a client finishes that begins now; infinite if it never does."""
+    def finish_s(self, cohort: SomeClients, round: int) -> list[float]:
+        """Seconds in which each of some clients finishes that begin now; infinite if it never does."""
         if self._is_ideal:
-            return self._ideal_s(setup, round)
+            amounts = cohort.amounts(round)
+            return [
+                self._ideal_s(kind, amount.batches)
+                for kind, amount in zip(cohort.kinds, amounts, strict=True)
+            ]
+        return [self._finish_s(setup) for setup in cohort]
+
+    def _finish_s(self, setup: ClientSetup) -> float:
         if setup.name not in self._timings:
             work = self._work(setup.name)
             if work is None:
@@ -101,13 +108,11 @@ class SimulatedTime:
         losses = sum(event.what == "lost" for timing in timings for event in timing.events)
         return losses, sum(max(timing.attempts - 1, 0) for timing in timings)
 
-    def _ideal_s(self, setup: ClientSetup, round: int) -> float:
-        """Seconds of a client's round; of clients with the same plan, link and work found out once."""
-        work = setup.work.of_round(setup.name, round)
-        # pieces and links live as long as the job
-        key = id(setup.pieces), id(setup.client.uplink), work.num_batches(setup.num_samples)
+    def _ideal_s(self, kind: ClientSetup, num_batches: int) -> float:
+        """Seconds of a client's round; of clients of one kind that do as much found out once."""
+        key = id(kind), num_batches  # kinds live as long as the job
         if key not in self._known_s:
-            self._known_s[key] = ideal_round_s(setup.round_work(setup.num_samples, round=round))
+            self._known_s[key] = ideal_round_s(kind.clock_work(num_batches))
         return self._known_s[key]
 
     def _setup(self, client: str) -> ClientSetup | None:

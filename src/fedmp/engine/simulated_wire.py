@@ -61,6 +61,8 @@ class SimulatedWire:
         self, handed_out: HandedOut, clients: Collection[str]
     ) -> list[tuple[Mapping[str, torch.Tensor], tuple[str, ...]]]:
         """Which clients receive what, of those who begin with a round; to be asked once in each round."""
+        if handed_out.difference is None and not self.downlink.chain.keeps_estimate:
+            return [(handed_out.payload, tuple(clients))]
         had = self._pulled if handed_out.difference is not None else frozenset()
         if self.downlink.chain.keeps_estimate:
             self._pulled = frozenset(clients)

@@ -25,6 +25,7 @@ from fedmp.strategy.rules import (
     ServerRound,
     ServerRule,
     Slots,
+    figures,
     kept_name,
     received_name,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "Yogi",
     "check_selection",
     "check_strategy",
+    "figures",
     "kept_name",
     "received_name",
 ]

@@ -17,7 +17,7 @@ from fedmp.errors import ConfigError
 from fedmp.graph import StateSpec
 from fedmp.strategy.closing import ClosingRules
 from fedmp.strategy.effort import Effort
-from fedmp.strategy.rules import Contribution, LocalRule, ServerRule
+from fedmp.strategy.rules import Contribution, LocalRule, ServerRule, figures
 from fedmp.strategy.scope import Scope, names_like
 from fedmp.strategy.selection import NO_FACTS, ClientFacts, Selection, Uniform
 from fedmp.strategy.strategy import ServerOptimizer
@@ -108,8 +108,8 @@ class FedAvg(ClosingRules):
         if self.weighting == "uniform":
             return [1.0] * len(updates)
         if self.weighting == "samples":
-            return [float(update.num_samples) for update in updates]
-        return [float(update.num_examples) for update in updates]
+            return list(map(float, figures(updates, "num_samples")))
+        return list(map(float, figures(updates, "num_examples")))
 
     def scope(self, specs: Mapping[str, StateSpec]) -> Scope:
         """All tensors travel but those that are kept local.

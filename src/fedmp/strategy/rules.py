@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -23,6 +23,7 @@ __all__ = [
     "ServerRound",
     "ServerRule",
     "Slots",
+    "figures",
     "kept_name",
     "received_name",
 ]
@@ -136,6 +137,20 @@ class Contribution(Mapping[str, torch.Tensor]):
     @abstractmethod
     def start_loss(self) -> float | None:
         """Mean loss of the round's starting model on its data; None where that was not asked for."""
+
+
+def figures(updates: Sequence[Contribution], name: str) -> Sequence[Any]:
+    """One attribute of each update, in order: what its report says.
+
+    A thousand simulated clients have no update each until somebody asks; such a sequence has a method `figures` of its
+    own, which gives the attribute of all of them.
+
+    Args:
+        updates: of a round.
+        name: of the attribute, such as "num_examples".
+    """
+    of_all = getattr(updates, "figures", None)
+    return of_all(name) if of_all is not None else [getattr(update, name) for update in updates]
 
 
 @dataclass(frozen=True, eq=False)
