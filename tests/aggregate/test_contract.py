@@ -28,6 +28,9 @@ Updates = Sequence[Mapping[str, torch.Tensor]]
 class Smallest:
     """The smallest aggregator of a user's own: each element's smallest value."""
 
+    def __repr__(self) -> str:
+        return "Smallest()"
+
     def combine(self, updates: Updates, weights: Sequence[float]) -> dict[str, torch.Tensor]:
         if len(weights) != len(updates) or min(weights) <= 0:
             raise ValueError("weights")

@@ -338,20 +338,33 @@ def test_a_task_with_a_state_of_its_own_runs_each_time(
     assert all(map(torch.equal, *found))
 
 
-def test_a_loss_of_ones_own_is_replayed() -> None:
+def squares(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (output - targets.unsqueeze(1)).square().mean()
+
+
+class WeighedInPython(MeanLoss):
+    """Tells its weights by values that no operation shows."""
+
+    def weight(self, targets: torch.Tensor) -> float:
+        return float(np.size(targets.numpy()))
+
+
+@pytest.mark.parametrize("kind", [MeanLoss, WeighedInPython])
+def test_a_loss_of_ones_own_is_replayed(kind: type[MeanLoss], level: str) -> None:
     found = []
     torch.manual_seed(0)
     model, data = images(nn.ReLU()).double(), of_images(36)
     for replays in (False, True):
-        task = MeanLoss(function=lambda output, targets: (output - targets.unsqueeze(1)).square().mean())
-        trainer = chunk_trainer(
-            model, data, SGD(lr=0.1), replays=replays, objective=Objective(task), pads=False
-        )
+        objective = Objective(kind(function=squares))
+        trainer = chunk_trainer(model, data, SGD(lr=0.1), replays=replays, objective=objective, pads=False)
         found.append(after_rounds(trainer, model, (12, 12, 12)))
-    assert "not do the same" in trainer.rounds.refusal  # the weights of its targets come from Python
-    assert tapes(trainer).refusal == ""
-    assert tapes(trainer).num_replayed > 0
-    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    if level == "rounds" and kind is WeighedInPython:
+        assert "not do the same" in trainer.rounds.refusal
+        level = "passes"  # in which weights are given
+    assert tapes(trainer, level).refusal == ""
+    assert tapes(trainer, level).num_replayed > 0
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_what_takes_no_time_is_not_recorded(monkeypatch: pytest.MonkeyPatch, level: str) -> None:

@@ -15,6 +15,9 @@ from fedmp.topology import Device, Links
 class Halves:
     """The smallest partitioner of a user's own: two devices, one cut."""
 
+    def __repr__(self) -> str:
+        return "Halves()"
+
     def plan(
         self, profile: Profile, devices: Sequence[Device], links: Links, *, num_microbatches: int
     ) -> Plan:

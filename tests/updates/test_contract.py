@@ -28,6 +28,9 @@ from fedmp.updates.contract import check_transform
 class Halved:
     """The smallest transform of a user's own: half of every number, at full price."""
 
+    def __repr__(self) -> str:
+        return "Halved()"
+
     error_feedback = True
 
     def layout(self, spec: Part) -> dict[str, Part]:

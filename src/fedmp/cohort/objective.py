@@ -11,7 +11,7 @@ import torch
 
 from fedmp.cohort.registry import CannotStackError
 from fedmp.cohort.stacked import Stacked, stack, unstack
-from fedmp.tasks import CrossEntropy, Task
+from fedmp.tasks import CrossEntropy, MeanLoss, Task
 
 __all__ = ["Objective"]
 
@@ -41,6 +41,8 @@ class Objective:
         """[K] weights of targets, [K, B, ...]."""
         if isinstance(self.task, CrossEntropy) and self.takes_padding:
             return (targets != self.task.ignore_index).flatten(1).sum(1).double()
+        if type(self.task) is MeanLoss:
+            return torch.full((len(targets),), float(targets.shape[1]), dtype=torch.float64)
         return torch.tensor([self.task.weight(own) for own in targets], dtype=torch.float64)
 
     def loss_sums(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
