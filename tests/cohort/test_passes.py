@@ -66,6 +66,13 @@ class Masked(nn.Module):
         return x * self.mask[: x.shape[-2], : x.shape[-1]]
 
 
+class Widened(nn.Module):
+    """Double precision of whatever comes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
 def images(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), *layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
@@ -130,6 +137,12 @@ def of_images(num_samples: int) -> Dataset:
     )
 
 
+def of_pictures(num_samples: int) -> Dataset:
+    """As they are published: bytes, to be scaled and normalised."""
+    pixels = torch.randint(0, 256, (num_samples, 4, 4), dtype=torch.uint8)
+    return Dataset(pixels, torch.randint(0, 3, (num_samples,)), mean=(0.3,), std=(0.2,))
+
+
 def of_words(num_samples: int) -> Dataset:
     return Dataset(torch.randint(0, 10, (num_samples, 5)), torch.randint(0, 10, (num_samples, 5)))
 
@@ -142,8 +155,9 @@ def of_words(num_samples: int) -> Dataset:
         (images(nn.GroupNorm(2, 4)), of_images, Adam(lr=0.01), {"max_gradient_norm": 0.5}),
         (images(nn.Tanh(), Masked()), of_images, SGD(lr=0.1), {"accumulate_batches": 2}),
         (Words(), of_words, Adam(lr=0.01, decoupled=True, weight_decay=0.1), {}),
+        (nn.Sequential(Widened(), images(nn.ReLU())), of_pictures, SGD(lr=0.1), {}),
     ],
-    ids=["convolution", "batch norm", "clipped", "accumulated", "transformer"],
+    ids=["convolution", "batch norm", "clipped", "accumulated", "transformer", "bytes"],
 )
 @pytest.mark.parametrize("sizes", [(12, 12, 12), (11, 8, 3)], ids=["alike", "ragged"])
 def test_replays_train_as_the_models_python_does(

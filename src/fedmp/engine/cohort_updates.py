@@ -27,9 +27,8 @@ _REPORTED = (
     "evaluation_correct",
     "pipeline_bytes",
 )
-_SUMMED = tuple(
-    name for name in _REPORTED if name not in ("rate_sum", "num_correct")
-)  # as an update tells them
+# an update tells the same of these
+_SUMMED = tuple(name for name in _REPORTED if name not in ("rate_sum", "num_correct"))
 
 
 class CohortUpdates(Sequence[ClientUpdate]):

@@ -67,15 +67,7 @@ class SimulatedClients:
         round, place = opening.round, self._clients.place
         self._time.open(opening)
         begun = self._clients.some(opening.cohort)
-        finish_s = dict(zip(begun.names, self._finish_s(begun, round), strict=True))
-
-        def time_of(client: str) -> float:
-            if client not in finish_s:  # one that begins as another is done
-                (finish_s[client],) = self._finish_s(self._clients.some([client]), round)
-            return finish_s[client]
-
-        left_s = {client: held.left_s for client, held in self._held.items()}
-        arrivals = predict_arrivals(opening, place=place, left_s=left_s, finish_s=time_of)
+        arrivals = self._arrivals(opening, begun)
         late, lost = self._late(opening, arrivals)
         faults, recoveries = self._time.close(arrivals)
         if opening.spare:
@@ -93,9 +85,9 @@ class SimulatedClients:
             arriving, bytes_up = dict[str, Held](), self._bytes_up(needed, made, handed_out)
         else:
             arriving = dict(self._held)
-            for setup, update in zip(needed, made, strict=True):
-                base = opening.states.get(setup.name, "")
-                arriving[setup.name] = self._send(setup, update, base, handed_out.tensors)
+            for client, kind, update in zip(needed.names, needed.kinds, made, strict=True):
+                base = opening.states.get(client, "")
+                arriving[client] = self._send(kind, update, base, handed_out.tensors)
             bytes_up = sum(arriving[name].num_bytes for name in arrivals.counted)
         self._held = {
             client: replace(self._held.get(client) or _by_itself(arriving[client]), left_s=left_s)
@@ -115,6 +107,18 @@ class SimulatedClients:
             recoveries=recoveries,
             simulated_s=arrivals.duration_s,
         )
+
+    def _arrivals(self, opening: Opening, begun: SomeClients) -> Arrivals:
+        """Who finishes when, of those who go on, begin, or begin as others are done."""
+        finish_s = dict(zip(begun.names, self._finish_s(begun, opening.round), strict=True))
+
+        def time_of(client: str) -> float:
+            if client not in finish_s:
+                (finish_s[client],) = self._finish_s(self._clients.some([client]), opening.round)
+            return finish_s[client]
+
+        left_s = {client: held.left_s for client, held in self._held.items()}
+        return predict_arrivals(opening, place=self._clients.place, left_s=left_s, finish_s=time_of)
 
     def _bytes_down(self, handed_out: HandedOut, begun: SomeClients, opening: Opening) -> int:
         """Bytes of what those receive who begin; of clients that are cut alike found out once."""
@@ -137,13 +141,13 @@ class SimulatedClients:
         )
 
     def _send(
-        self, setup: ClientSetup, update: ClientUpdate, base: str, like: Mapping[str, torch.Tensor]
+        self, kind: ClientSetup, update: ClientUpdate, base: str, like: Mapping[str, torch.Tensor]
     ) -> Held:
         """An update as the coordinator will have it, and its bytes on the way there."""
         if self._wire.uplink.is_plain:
-            return Held(update, 0.0, self._traffic.plain_up(setup, update, like))
+            return Held(update, 0.0, self._traffic.plain_up(kind, update, like))
         update, payload = self._wire.send(update, base)
-        return Held(update, 0.0, self._traffic.up(setup, payload))
+        return Held(update, 0.0, self._traffic.up(kind, payload))
 
     def unreachable(self) -> frozenset[str]:
         """Clients that are away by the job's clock."""
