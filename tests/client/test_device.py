@@ -6,7 +6,8 @@ import pytest
 
 from fedmp.client import OTHER_PLAN, DeviceSpec
 from fedmp.client.device import serve_job
-from fedmp.engine.prepare import part_of, prepare
+from fedmp.engine.client_plan import part_of
+from fedmp.engine.prepare import prepare
 from fedmp.errors import RefusedError
 from fedmp.records import FailureReport, Instruction, Joined, Ready
 from tests.support.jobs import tiny_job, topology

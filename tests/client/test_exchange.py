@@ -12,7 +12,8 @@ from pydantic import PrivateAttr
 
 from fedmp.client import DeviceSpec
 from fedmp.client.device import serve_job
-from fedmp.engine.prepare import part_of, prepare
+from fedmp.engine.client_plan import part_of
+from fedmp.engine.prepare import prepare
 from fedmp.records import Instruction
 from fedmp.strategy import StreamingDiLoCo
 from fedmp.tasks import CrossEntropy

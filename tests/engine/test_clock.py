@@ -9,7 +9,8 @@ import pytest
 
 from fedmp import Topology
 from fedmp.clock import Clock, Loss
-from fedmp.engine.prepare import plan_anew, prepare
+from fedmp.engine.client_plan import plan_anew
+from fedmp.engine.prepare import prepare
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import RoundError
 from fedmp.report.run_directory import RunDirectory

@@ -151,7 +151,8 @@ def test_the_search_finds_labels_written_as_text(received: bytes) -> None:
 
 def test_the_devices_hold_only_the_part_of_the_data_that_their_stage_needs() -> None:
     """Inputs stay on the first device of a client and targets on the last; none is sent to the middle."""
-    from fedmp.engine.prepare import part_of, prepare
+    from fedmp.engine.client_plan import part_of
+    from fedmp.engine.prepare import prepare
 
     setup = prepare(tiny_job(topology=topology(3), data=images(20))).clients["c0"]
     parts = [

@@ -12,7 +12,8 @@ import pytest
 from fedmp import Centralized, Client, Device, Link, Links, Topology
 from fedmp.cli import main
 from fedmp.clock import Clock, Loss
-from fedmp.engine.prepare import prepare, set_up_client
+from fedmp.engine.client_plan import set_up_client
+from fedmp.engine.prepare import prepare
 from fedmp.errors import ConfigError
 from fedmp.models import MLP
 from fedmp.paper import PaperSettings, Variations, compute_curves, run_paper

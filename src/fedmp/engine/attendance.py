@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedmp.coordinator import Board, Journal
+from fedmp.engine.client_plan import plan_anew
 from fedmp.engine.members import members_of_client
 from fedmp.engine.plan_book import PlanBook
-from fedmp.engine.prepare import ClientSetup, Prepared, plan_anew
+from fedmp.engine.prepare import Prepared
+from fedmp.engine.setup import ClientSetup
 from fedmp.errors import PlanError
 from fedmp.records import Note, Observer
 

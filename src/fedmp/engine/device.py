@@ -27,8 +27,9 @@ import fedmp
 from fedmp.client import OTHER_PLAN, DeviceSpec, Federation, HttpFederation, heartbeat, serve_job
 from fedmp.data import Dataset, Rows
 from fedmp.engine.agreement import check_agreement
+from fedmp.engine.client_plan import local_work, part_of
 from fedmp.engine.job import Job
-from fedmp.engine.prepare import build_model, local_work, part_of, trace_model
+from fedmp.engine.prepare import build_model, trace_model
 from fedmp.errors import ConfigError, DataError, RefusedError, TraceError
 from fedmp.graph import LayerGraph
 from fedmp.identity import Credentials

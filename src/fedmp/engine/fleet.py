@@ -17,9 +17,11 @@ from multiprocessing.process import BaseProcess
 
 from fedmp.client import DeviceSpec
 from fedmp.coordinator import Board, Journal, Member
+from fedmp.engine.client_plan import plan_anew
 from fedmp.engine.members import members_of_client
-from fedmp.engine.prepare import ClientSetup, Prepared, plan_anew
+from fedmp.engine.prepare import Prepared
 from fedmp.engine.processes import DeviceProcesses
+from fedmp.engine.setup import ClientSetup
 from fedmp.errors import FederationError, PlanError
 
 __all__ = ["Fleet"]

@@ -14,10 +14,12 @@ from pydantic import Field
 from fedmp.client import DeviceSpec, Emulation
 from fedmp.component import Component
 from fedmp.coordinator import Board, CoordinatorService, Member, RemoteClients, check_address
+from fedmp.engine.client_plan import part_of
 from fedmp.engine.fleet import Fleet
 from fedmp.engine.job import Job
-from fedmp.engine.prepare import ClientSetup, Prepared, part_of, prepare
+from fedmp.engine.prepare import Prepared, prepare
 from fedmp.engine.session import Outcome, Session, Timelines, make_journal, round_settings, run_session
+from fedmp.engine.setup import ClientSetup
 from fedmp.pipeline import Pace
 
 __all__ = ["LocalEngine"]

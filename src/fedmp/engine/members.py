@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterator
 
 from fedmp.coordinator import Member
-from fedmp.engine.prepare import ClientSetup, Prepared
+from fedmp.engine.prepare import Prepared
+from fedmp.engine.setup import ClientSetup
 
 __all__ = ["members_of", "members_of_client"]
 

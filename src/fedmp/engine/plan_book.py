@@ -13,7 +13,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedmp.engine.prepare import ClientSetup, Prepared, cut_by
+from fedmp.engine.client_plan import cut_by
+from fedmp.engine.prepare import Prepared
+from fedmp.engine.setup import ClientSetup
 from fedmp.errors import PlanError
 from fedmp.records import Plan
 

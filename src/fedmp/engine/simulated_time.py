@@ -8,8 +8,8 @@ from collections.abc import Container
 from fedmp.clock import Always, ClientTiming, ClientWork, ideal_round_s, time_clients
 from fedmp.coordinator import Opening
 from fedmp.engine.arrivals import Arrivals
+from fedmp.engine.client_plan import plan_anew
 from fedmp.engine.population import MANY_CLIENTS, SomeClients
-from fedmp.engine.prepare import plan_anew
 from fedmp.engine.session import Session
 from fedmp.engine.setup import ClientSetup
 from fedmp.errors import PlanError

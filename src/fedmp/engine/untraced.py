@@ -16,17 +16,10 @@ from torch import nn
 
 from fedmp.cohort import Probe, flat_optimizer
 from fedmp.data import Rows, TrainTest
+from fedmp.engine.client_plan import named_in_errors, with_plan
 from fedmp.engine.job import Job
 from fedmp.engine.population import Population, set_up_groups
-from fedmp.engine.prepare import (
-    Prepared,
-    example_input,
-    named_in_errors,
-    scope_of,
-    trace_model,
-    who_has_what,
-    with_plan,
-)
+from fedmp.engine.prepare import Prepared, example_input, scope_of, trace_model, who_has_what
 from fedmp.engine.setup import ClientSetup
 from fedmp.graph import CutRules, LayerGraph, StateSpec, named_tensors, profile_whole, state_specs
 from fedmp.partition.api import plan_profile

@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from fedmp.engine.prepare import ClientSetup, set_up_client
+from fedmp.engine.client_plan import set_up_client
+from fedmp.engine.setup import ClientSetup
 from fedmp.errors import PlanError
 from fedmp.paper.settings import PaperSettings
 from fedmp.paper.times import Workload, changed, time_center, time_sites

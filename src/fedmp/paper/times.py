@@ -11,7 +11,8 @@ from torch import nn
 
 from fedmp.clock import Clock, SharedLink, time_clients
 from fedmp.engine import Job
-from fedmp.engine.prepare import ClientSetup, set_up_client
+from fedmp.engine.client_plan import set_up_client
+from fedmp.engine.setup import ClientSetup
 from fedmp.errors import PlanError
 from fedmp.graph import LayerGraph
 from fedmp.paper.settings import PaperSettings
