@@ -15,7 +15,7 @@ from fedmp.cohort.batches import ChunkBatches
 from fedmp.cohort.carried import Carried
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
-from fedmp.cohort.optimizers import FlatOptimizer
+from fedmp.cohort.optimizers import SGD, FlatOptimizer
 from fedmp.cohort.passes import Pass, Passes
 from fedmp.cohort.replays import Replays, Tensors
 from fedmp.cohort.samples import Samples
@@ -28,7 +28,8 @@ __all__ = ["ChunkResult", "ChunkTrainer", "ChunkWork"]
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 _SHORT = 8  # passes of a round that is recorded as a whole: longer ones take too long to be recorded
-_WORTH_S = 0.02  # what such a round of a small chunk takes to be recorded, or half as long
+_LEAST_USED = 0.5  # of what is computed, where clients with fewer batches go through all
+_WORTH_S = 0.02  # what it takes for each batch to record such a round of a small chunk
 _LOOK_EVERY = 32  # steps between two looks whether to go on: a round may have a million
 
 
@@ -112,6 +113,8 @@ class ChunkTrainer:
         self.passes = Passes(module, work.objective, replays=work.replays)
         self.rounds = Replays(module, [work.objective.task, work.dataset, work.optimizer])
         self.rounds.refusal = self.passes.replays.refusal or _why_not_alike(work)
+        # weights stay as they are where nothing counts
+        self._evens = work.pads and isinstance(work.optimizer, SGD) and work.optimizer.rests
         self._is_over = is_over
 
     def train(
@@ -139,6 +142,9 @@ class ChunkTrainer:
         """
         if self.rounds.refusal or len(batches.sizes) * self._work.num_microbatches > _SHORT:
             return self._train(batches, shares, start, round, states, self.passes.run)
+        if self._evens and batches.is_ragged and batches.share_used >= _LEAST_USED:
+            batches = batches.evened()
+        key = batches.is_even, batches.sizes
         lengths = [batches.lengths] if batches.is_ragged else []
         given = [batches.rows, shares, start.parameters, *lengths, *start.statistics.values()]
 
@@ -147,13 +153,11 @@ class ChunkTrainer:
             own = replace(batches, rows=rows, lengths=rest[0] if lengths else batches.lengths)
             statistics = dict(zip(start.statistics, rest[len(lengths) :], strict=True))
             begin = RoundStart(parameters, statistics, start.still)
-            # such a round has come before, and is about to be recorded itself
-            is_known = not self.rounds.refusal and self.rounds.times(batches.sizes) > 1
-            run = self.passes.run_plainly if is_known else self.passes.run
+            run = self.passes.run_plainly if self.rounds.is_recording else self.passes.run
             result = self._train(own, shares, begin, round, (), run)
             return [result.losses, result.figures, result.total, *result.buffers], None
 
-        found, _ = self.rounds.run(batches.sizes, given, compute, worth_s=_WORTH_S)
+        found, _ = self.rounds.run(key, given, compute, worth_s=_WORTH_S * len(batches.sizes))
         return ChunkResult(found[0], found[1], found[2], found[3:])
 
     def _train(
@@ -181,7 +185,10 @@ class ChunkTrainer:
                 lr = self._rate(batches, step, active, round)
                 self._step(step, active, lr, ranges, start)
                 rate = lr.squeeze(1).double() if isinstance(lr, torch.Tensor) else lr
-                figures[3, :active] += rate * rate_weights.weight()
+                made: float | torch.Tensor = 1.0
+                if batches.is_even:
+                    made = (batches.lengths[group.start : group.stop].sum(0) > 0).double()
+                figures[3, :active] += made * (rate * rate_weights.weight())
             if step % _LOOK_EVERY == _LOOK_EVERY - 1:
                 seen = losses[max(0, group.stop - _LOOK_EVERY * every) : group.stop]
                 if self._is_over.is_set() or not bool(torch.isfinite(seen.sum())):
@@ -204,10 +211,10 @@ class ChunkTrainer:
             self.module.gradients.clear(active)
         self.module.begin_step(is_cleared=is_cleared)
         drawn = [samples.passes(batch) for batch in group]
-        whole = _wholes([one for passes in drawn for one in passes], active) if is_cleared else None
+        whole = samples.wholes([one for passes in drawn for one in passes], active) if is_cleared else None
         ranges = []
         for batch, passes in zip(group, drawn, strict=True):
-            totals = _wholes(passes, active) if whole is None else whole
+            totals = samples.wholes(passes, active) if whole is None else whole
             for one in passes:
                 span = slice(one.first, one.stop)
                 sums, hits = run(one, totals[span])
@@ -294,13 +301,3 @@ def _why_not_alike(work: ChunkWork) -> str:
     if work.rule is not None or work.is_remembered:
         return "clients carry something from round to round"
     return ""
-
-
-def _wholes(passes: Sequence[Pass], clients: int) -> torch.Tensor:
-    """[K] weights of a whole batch, of the clients that have one."""
-    if len(passes) == 1:
-        return passes[0].weights
-    total = torch.zeros(clients, dtype=torch.float64)
-    for one in passes:
-        total[one.first : one.stop] += one.weights
-    return total

@@ -47,7 +47,6 @@ class _Kind:
     """What is known of computations that are alike."""
 
     spent_s: float = 0.0
-    times: int = 0
     given: list[torch.Tensor] = field(default_factory=list)
     candidate: Tape | None = None
     tape: Tape | None = None
@@ -70,6 +69,7 @@ class Replays:
     Attributes:
         refusal: why nothing is replayed; empty while it may be.
         num_replayed: computations that were.
+        is_recording: whether one is being recorded, which then must show all of its operations.
     """
 
     def __init__(self, module: StackedModule, roots: Sequence[object]) -> None:
@@ -78,6 +78,7 @@ class Replays:
         self.num_replayed = self._num_bytes = 0
         self._latest: _Kind | None = None  # that was replayed
         self.refusal = ""
+        self.is_recording = False
 
     def run(self, key: Hashable, given: Tensors, compute: Compute, *, worth_s: float) -> tuple[Tensors, Any]:
         """Run a computation.
@@ -106,7 +107,6 @@ class Replays:
             self._latest = kind
             self.num_replayed += 1
             return self._replay(kind, kind.tape, given, compute)
-        kind.times += 1
         if kind.spent_s < worth_s:
             self._forget()
             begun_s = time.perf_counter()
@@ -123,11 +123,6 @@ class Replays:
             if self.refusal:
                 self._kinds.clear()
             self._num_bytes = sum(kind.num_bytes for kind in self._kinds.values())
-
-    def times(self, key: Hashable) -> int:
-        """How often a kind has come without being replayed."""
-        kind = self._kinds.get(key)
-        return 0 if kind is None else kind.times
 
     @property
     def num_kinds_held(self) -> int:
@@ -161,12 +156,15 @@ class Replays:
         earlier = kind.candidate
         before = [tensor.clone() for tensor in earlier.written] if earlier is not None else []
         statistics = [buffer.clone() for buffer in self._module.buffers.values()]
+        self.is_recording = True
         try:
             (results, note), recording = record(lambda: compute(kind.given))
         except CannotStackError as error:  # only while it is recorded: vmap then takes some functions apart
             for buffer, held in zip(self._module.buffers.values(), statistics, strict=True):
                 buffer.copy_(held)
             raise CannotReplayError(str(error)) from error
+        finally:
+            self.is_recording = False
         kind.note = note
         if bool(torch.isfinite(results[0]).all()):  # the training is about to end, otherwise
             self.refusal = self._judge(kind, recording, known, results, before, around)

@@ -55,6 +55,16 @@ class Samples:
                 passes.append(Pass(first, stop, inputs, *self._targets_of(batch, clients, span)))
         return passes
 
+    def wholes(self, passes: Sequence[Pass], clients: int) -> torch.Tensor:
+        """[K] weights of all that goes through these passes, by which losses are divided."""
+        total = passes[0].weights
+        if len(passes) > 1:
+            total = torch.zeros(clients, dtype=torch.float64)
+            for one in passes:
+                total[one.first : one.stop] += one.weights
+        # of a client without a batch of its own nothing counts; 0 / 0 is no number
+        return total.clamp(min=1.0) if self._batches.is_even else total
+
     def _inputs_of(self, batch: int, clients: slice, samples: slice) -> torch.Tensor:
         """[K, B, ...] inputs of some clients' samples of a batch."""
         if 2 * self._num_bytes > _DRAWN_BYTES:
