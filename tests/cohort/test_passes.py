@@ -40,6 +40,7 @@ class Words(nn.Module):
 def recorded_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models here are so small that hundreds of passes would not be worth it."""
     monkeypatch.setattr("fedmp.cohort.passes._WORTH_S", 1e-4)
+    monkeypatch.setattr("fedmp.cohort.passes._TIMES", 1)
     monkeypatch.setattr("fedmp.cohort.chunk._WORTH_S", 1e-4)
 
 

@@ -51,6 +51,7 @@ FLOAT64 = {"rtol": 1e-9, "atol": 1e-11}
 def replayed_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of these small models would be replayed after hundreds only."""
     monkeypatch.setattr("fedmp.cohort.passes._WORTH_S", 1e-4)
+    monkeypatch.setattr("fedmp.cohort.passes._TIMES", 1)
     monkeypatch.setattr("fedmp.cohort.chunk._WORTH_S", 1e-4)
 
 

@@ -111,7 +111,8 @@ class ChunkTrainer:
         self.carried = Carried(module, work)
         self._work = work
         self.passes = Passes(module, work.objective, replays=work.replays)
-        self.rounds = Replays(module, [work.objective.task, work.dataset, work.optimizer])
+        scratch = [each.flat for each in (module.gradients, *module.state)]
+        self.rounds = Replays(module, [work.objective.task, work.dataset, work.optimizer], scratch)
         self.rounds.refusal = self.passes.replays.refusal or _why_not_alike(work)
         # weights stay as they are where nothing counts
         self._evens = work.pads and isinstance(work.optimizer, SGD) and work.optimizer.rests
@@ -153,7 +154,10 @@ class ChunkTrainer:
             own = replace(batches, rows=rows, lengths=rest[0] if lengths else batches.lengths)
             statistics = dict(zip(start.statistics, rest[len(lengths) :], strict=True))
             begin = RoundStart(parameters, statistics, start.still)
-            run = self.passes.run_plainly if self.rounds.is_recording else self.passes.run
+            run = self.passes.run
+            if self.rounds.is_recording:
+                self.passes.replays.clear()  # which takes as much memory, and is needed no more
+                run = self.passes.run_plainly
             result = self._train(own, shares, begin, round, (), run)
             return [result.losses, result.figures, result.total, *result.buffers], None
 

@@ -16,6 +16,7 @@ from fedmp.cohort.replays import Replays, Tensors
 __all__ = ["Pass", "Passes"]
 
 _WORTH_S = 0.02  # what a small kind of pass takes to be recorded
+_TIMES = 8  # that it comes before: the rounds that it is a part of may be recorded themselves
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class Passes:
             self._module.mark_written(one.first, one.stop, before)
             return self._run(one, *given), self._module.written(one.first, one.stop)
 
-        (sums, correct), after = self.replays.run(key, given, compute, worth_s=_WORTH_S)
+        (sums, correct), after = self.replays.run(key, given, compute, worth_s=_WORTH_S, times=_TIMES)
         self._module.mark_written(one.first, one.stop, after)
         return sums, correct
 

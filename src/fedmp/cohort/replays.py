@@ -23,7 +23,7 @@ from torch import nn
 
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.probe import is_close
-from fedmp.cohort.recording import Recording, record
+from fedmp.cohort.recording import Recording, record, storage_of
 from fedmp.cohort.registry import CannotStackError
 from fedmp.cohort.tape import CannotReplayError, Tape
 from fedmp.pipeline import give_back
@@ -47,6 +47,7 @@ class _Kind:
     """What is known of computations that are alike."""
 
     spent_s: float = 0.0
+    times: int = 0
     given: list[torch.Tensor] = field(default_factory=list)
     candidate: Tape | None = None
     tape: Tape | None = None
@@ -65,6 +66,7 @@ class Replays:
     Args:
         module: whose tensors these are.
         roots: objects whose Python the computations run, besides the module's.
+        scratch: tensors of the module's in which nobody looks for anything after a computation.
 
     Attributes:
         refusal: why nothing is replayed; empty while it may be.
@@ -72,15 +74,18 @@ class Replays:
         is_recording: whether one is being recorded, which then must show all of its operations.
     """
 
-    def __init__(self, module: StackedModule, roots: Sequence[object]) -> None:
+    def __init__(self, module: StackedModule, roots: Sequence[object], scratch: Tensors = ()) -> None:
         self._module, self._roots = module, (module.module, *roots)
+        self._scratch = set(map(storage_of, scratch))
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self.num_replayed = self._num_bytes = 0
         self._latest: _Kind | None = None  # that was replayed
         self.refusal = ""
         self.is_recording = False
 
-    def run(self, key: Hashable, given: Tensors, compute: Compute, *, worth_s: float) -> tuple[Tensors, Any]:
+    def run(
+        self, key: Hashable, given: Tensors, compute: Compute, *, worth_s: float, times: int = 1
+    ) -> tuple[Tensors, Any]:
         """Run a computation.
 
         Args:
@@ -88,7 +93,8 @@ class Replays:
             given: tensors that it reads.
             compute: does it; returns its results, and a note for which there is no tensor. It may be run again
                 after it has begun.
-            worth_s: seconds that computations of a kind take together before one is recorded.
+            worth_s, times: seconds that computations of a kind take together, and how many there are, before one is
+                recorded.
 
         Returns:
             The results, which the next computation may overwrite; and the note, that of the last recording where
@@ -107,7 +113,8 @@ class Replays:
             self._latest = kind
             self.num_replayed += 1
             return self._replay(kind, kind.tape, given, compute)
-        if kind.spent_s < worth_s:
+        if kind.spent_s < worth_s or kind.times < times:
+            kind.times += 1
             self._forget()
             begun_s = time.perf_counter()
             found = compute(given)
@@ -123,6 +130,11 @@ class Replays:
             if self.refusal:
                 self._kinds.clear()
             self._num_bytes = sum(kind.num_bytes for kind in self._kinds.values())
+
+    def clear(self) -> None:
+        """Forget all tapes."""
+        self._kinds.clear()
+        self._latest, self._num_bytes = None, 0
 
     @property
     def num_kinds_held(self) -> int:
@@ -154,7 +166,7 @@ class Replays:
             held.copy_(tensor)
         known = [*kind.given, *self._module.tensors()]
         earlier = kind.candidate
-        before = [tensor.clone() for tensor in earlier.written] if earlier is not None else []
+        before = [tensor.clone() for tensor in self._left(earlier)] if earlier is not None else []
         statistics = [buffer.clone() for buffer in self._module.buffers.values()]
         self.is_recording = True
         try:
@@ -192,11 +204,15 @@ class Replays:
         kind.candidate = None
         if not tape.is_same(earlier):
             return "its forward does not do the same each time"
-        if not _replays(tape, before, results):
+        if not _replays(tape, self._left(tape), before, results):
             return "a replay fails or gives something else"
         kind.tape = tape
         give_back()  # the tape has memory of its own
         return ""
+
+    def _left(self, tape: Tape) -> list[torch.Tensor]:
+        """What a tape changes and leaves for others."""
+        return [tensor for tensor in tape.written if storage_of(tensor) not in self._scratch]
 
     def _forget(self) -> None:
         """Drop the kinds that came least lately, where there are many or they hold too much."""
@@ -210,9 +226,8 @@ class Replays:
                 del self._kinds[key]
 
 
-def _replays(tape: Tape, before: Tensors, results: Tensors) -> bool:
+def _replays(tape: Tape, written: Tensors, before: Tensors, results: Tensors) -> bool:
     """Whether a replay of what was just run gives the same; what was written stays."""
-    written = tape.written
     after = [tensor.clone() for tensor in written]
     for tensor, old in zip(written, before, strict=True):
         tensor.copy_(old)
