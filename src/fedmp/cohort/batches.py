@@ -6,7 +6,7 @@ Shape letters: K clients, S batches of the client with the most of them, B sampl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -31,30 +31,18 @@ class ChunkBatches:
         sizes: [S][K] samples of each batch; 0 where there is none.
         lengths: the same as a tensor, [S, K].
         num_batches: of each client.
-        is_even: all clients go through all batches, whatever their own; `lengths` says which samples count.
     """
 
     rows: torch.Tensor
     lengths: torch.Tensor
     sizes: tuple[tuple[int, ...], ...]
     num_batches: tuple[int, ...]
-    is_even: bool = False
 
     @property
     def is_ragged(self) -> bool:
         """Whether any batch of a client is shorter than `rows` has room for."""
         wide = self.rows.shape[2]
-        return self.is_even or any(size != wide for sizes in self.sizes for size in sizes)
-
-    @property
-    def share_used(self) -> float:
-        """Of the batches that `rows` has room for, those that there are."""
-        return sum(self.num_batches) / (len(self.sizes) * len(self.num_batches))
-
-    def evened(self) -> ChunkBatches:
-        """The same for clients that all go through all batches: what is done then depends on three sizes alone."""
-        steps, clients, wide = self.rows.shape
-        return replace(self, sizes=((wide,) * clients,) * steps, is_even=True)
+        return any(size != wide for sizes in self.sizes for size in sizes)
 
     def num_active(self, batch: int) -> int:
         """Clients that have such a batch: the first so many."""

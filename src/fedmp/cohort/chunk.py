@@ -15,7 +15,7 @@ from fedmp.cohort.batches import ChunkBatches
 from fedmp.cohort.carried import Carried
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
-from fedmp.cohort.optimizers import SGD, FlatOptimizer
+from fedmp.cohort.optimizers import FlatOptimizer
 from fedmp.cohort.passes import Pass, Passes
 from fedmp.cohort.replays import Replays, Tensors
 from fedmp.cohort.samples import Samples
@@ -28,7 +28,6 @@ __all__ = ["ChunkResult", "ChunkTrainer", "ChunkWork"]
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 _SHORT = 8  # passes of a round that is recorded as a whole: longer ones take too long to be recorded
-_LEAST_USED = 0.5  # of what is computed, where clients with fewer batches go through all
 _WORTH_S = 0.02  # what it takes for each batch to record such a round of a small chunk
 _LOOK_EVERY = 32  # steps between two looks whether to go on: a round may have a million
 
@@ -114,8 +113,6 @@ class ChunkTrainer:
         scratch = [each.flat for each in (module.gradients, *module.state)]
         self.rounds = Replays(module, [work.objective.task, work.dataset, work.optimizer], scratch)
         self.rounds.refusal = self.passes.replays.refusal or _why_not_alike(work)
-        # weights stay as they are where nothing counts
-        self._evens = work.pads and isinstance(work.optimizer, SGD) and work.optimizer.rests
         self._is_over = is_over
 
     def train(
@@ -143,9 +140,6 @@ class ChunkTrainer:
         """
         if self.rounds.refusal or len(batches.sizes) * self._work.num_microbatches > _SHORT:
             return self._train(batches, shares, start, round, states, self.passes.run)
-        if self._evens and batches.is_ragged and batches.share_used >= _LEAST_USED:
-            batches = batches.evened()
-        key = batches.is_even, batches.sizes
         lengths = [batches.lengths] if batches.is_ragged else []
         given = [batches.rows, shares, start.parameters, *lengths, *start.statistics.values()]
 
@@ -161,7 +155,7 @@ class ChunkTrainer:
             result = self._train(own, shares, begin, round, (), run)
             return [result.losses, result.figures, result.total, *result.buffers], None
 
-        found, _ = self.rounds.run(key, given, compute, worth_s=_WORTH_S * len(batches.sizes))
+        found, _ = self.rounds.run(batches.sizes, given, compute, worth_s=_WORTH_S * len(batches.sizes))
         return ChunkResult(found[0], found[1], found[2], found[3:])
 
     def _train(
@@ -189,10 +183,7 @@ class ChunkTrainer:
                 lr = self._rate(batches, step, active, round)
                 self._step(step, active, lr, ranges, start)
                 rate = lr.squeeze(1).double() if isinstance(lr, torch.Tensor) else lr
-                made: float | torch.Tensor = 1.0
-                if batches.is_even:
-                    made = (batches.lengths[group.start : group.stop].sum(0) > 0).double()
-                figures[3, :active] += made * (rate * rate_weights.weight())
+                figures[3, :active] += rate * rate_weights.weight()
             if step % _LOOK_EVERY == _LOOK_EVERY - 1:
                 seen = losses[max(0, group.stop - _LOOK_EVERY * every) : group.stop]
                 if self._is_over.is_set() or not bool(torch.isfinite(seen.sum())):

@@ -97,11 +97,6 @@ class SGD:
         return False
 
     @property
-    def rests(self) -> bool:
-        """Whether a parameter without a gradient stays as it is."""
-        return not self.momentum and not self.weight_decay
-
-    @property
     def settings(self) -> Mapping[str, Any]:
         """Its fields."""
         return asdict(self)

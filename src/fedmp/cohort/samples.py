@@ -62,8 +62,7 @@ class Samples:
             total = torch.zeros(clients, dtype=torch.float64)
             for one in passes:
                 total[one.first : one.stop] += one.weights
-        # of a client without a batch of its own nothing counts; 0 / 0 is no number
-        return total.clamp(min=1.0) if self._batches.is_even else total
+        return total
 
     def _inputs_of(self, batch: int, clients: slice, samples: slice) -> torch.Tensor:
         """[K, B, ...] inputs of some clients' samples of a batch."""
