@@ -200,7 +200,13 @@ def stumble(place: Place) -> str:
             error = str(raised)
     else:
         place.miss()
-    place.transport(timeout_s=10.0)
+    transport, token, other = place.transport(timeout_s=10.0), torch.zeros(1), 1 - place.rank
+    if place.rank == 0:
+        transport.receive(token, other, 0).wait()
+        transport.send(token, other, 1).wait()
+    else:  # neither leaves before both are there
+        transport.send(token, other, 0).wait()
+        transport.receive(token, other, 1).wait()
     place.leave()
     return error
 
