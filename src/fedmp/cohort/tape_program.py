@@ -150,7 +150,11 @@ class Program:
 
 
 def plan_of(call: Call) -> Plan:
-    """Have a call write its results where they are to be, if it can."""
+    """Have a call write its results where they are to be, if it can.
+
+    Raises:
+        CannotReplayError: it changes one tensor and makes another.
+    """
     if call.func._schema.is_mutable:
         if call.left - call.read:
             raise CannotReplayError(f"{call.name} changes one tensor and makes another")

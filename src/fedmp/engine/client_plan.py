@@ -165,7 +165,11 @@ def part_of(dataset: Dataset, blueprints: Sequence[StageBlueprint]) -> Dataset |
 
 @contextlib.contextmanager
 def named_in_errors(client: Client) -> Iterator[None]:
-    """Say of which client it is that no plan fits."""
+    """Say of which client it is that no plan fits.
+
+    Raises:
+        PlanError: what was raised inside, with the client's name.
+    """
     try:
         yield
     except PlanError as error:

@@ -163,13 +163,13 @@ def round_settings(session: Session) -> RoundSettings:
     """What the coordinator's round loop needs to know of a job."""
     prepared = session.prepared
     clients = prepared.clients
-    names: Sequence[str] = tuple(clients)
     num_samples = _attribute(clients, "num_samples")
     round_samples = _attribute(clients, "round_samples")
-    if isinstance(clients, Population):
+    names: Sequence[str] = ()
+    if isinstance(clients, Population):  # there may be 100,000
         names, num_samples, round_samples = clients.names, clients.num_samples, clients.round_samples
     return RoundSettings(
-        clients=names,
+        clients=names or tuple(clients),
         round_samples=_of_each(clients, round_samples),
         predicted_s=_of_each(clients, lambda name: clients[name].predicted_s),
         first_round=session.first_round,

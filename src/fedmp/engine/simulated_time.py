@@ -65,15 +65,15 @@ class SimulatedTime:
                 self._ideal_s(kind, amount.batches)
                 for kind, amount in zip(cohort.kinds, amounts, strict=True)
             ]
-        return [self._finish_s(setup) for setup in cohort]
+        return [self._finish_s(client) for client in cohort.names]
 
-    def _finish_s(self, setup: ClientSetup) -> float:
-        if setup.name not in self._timings:
-            work = self._work(setup.name)
+    def _finish_s(self, client: str) -> float:
+        if client not in self._timings:
+            work = self._work(client)
             if work is None:
                 return math.inf
-            (self._timings[setup.name],) = self._time([work])
-        return self._timings[setup.name].arrival_s
+            (self._timings[client],) = self._time([work])
+        return self._timings[client].arrival_s
 
     def away(self) -> frozenset[str]:
         """Clients that cannot work just now."""
