@@ -15,10 +15,11 @@ from fedmp.cohort.batches import ChunkBatches
 from fedmp.cohort.carried import Carried
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
-from fedmp.cohort.optimizers import FlatOptimizer
+from fedmp.cohort.optimizers import SGD, FlatOptimizer
 from fedmp.cohort.passes import Pass, Passes
 from fedmp.cohort.replays import Replays, Tensors
 from fedmp.cohort.samples import Samples
+from fedmp.cohort.slot import Arrived, Step
 from fedmp.cohort.start import RoundStart
 from fedmp.data import Dataset
 from fedmp.learning_rate import Constant, LearningRate, RateSum
@@ -109,10 +110,12 @@ class ChunkTrainer:
         self.module = module
         self.carried = Carried(module, work)
         self._work = work
+        self._direct_rate = _direct_rate(work)
         self.passes = Passes(module, work.objective, replays=work.replays)
         scratch = [each.flat for each in (module.gradients, *module.state)]
         self.rounds = Replays(module, [work.objective.task, work.dataset, work.optimizer], scratch)
-        self.rounds.refusal = self.passes.replays.refusal or _why_not_alike(work)
+        self._why_not_alike = _why_not_alike(work)
+        self.rounds.refusal = self.passes.replays.refusal or self._why_not_alike
         self._is_over = is_over
 
     def train(
@@ -122,9 +125,10 @@ class ChunkTrainer:
         start: RoundStart,
         *,
         round: int,
+        keep: bool = True,
         states: Sequence[Mapping[str, torch.Tensor]] = (),
     ) -> ChunkResult:
-        """Train for one round, which leaves the clients' weights in the module.
+        """Train for one round.
 
         It ends early, with the losses so far, where one of them is not finite or nobody waits for them.
 
@@ -133,13 +137,14 @@ class ChunkTrainer:
             shares: [K] of each client in the totals, float64.
             start: of the round.
             round: for the learning rate.
+            keep: whether to leave each client's weights in the module; their sum costs less.
             states: what each client carries, where they carry anything.
 
         Raises:
             CannotStackError: the model cannot be run for many clients at once.
         """
-        if self.rounds.refusal or len(batches.sizes) * self._work.num_microbatches > _SHORT:
-            return self._train(batches, shares, start, round, states, self.passes.run)
+        if self.rounds.refusal or not self._is_short(batches):
+            return self._train(batches, shares, start, round, keep, states, self.passes.run)
         lengths = [batches.lengths] if batches.is_ragged else []
         given = [batches.rows, shares, start.parameters, *lengths, *start.statistics.values()]
 
@@ -152,10 +157,10 @@ class ChunkTrainer:
             if self.rounds.is_recording:
                 self.passes.replays.clear()  # which takes as much memory, and is needed no more
                 run = self.passes.run_plainly
-            result = self._train(own, shares, begin, round, (), run)
+            result = self._train(own, shares, begin, round, keep, (), run)
             return [result.losses, result.figures, result.total, *result.buffers], None
 
-        found, _ = self.rounds.run(batches.sizes, given, compute, worth_s=_WORTH_S * len(batches.sizes))
+        found, _ = self.rounds.run((batches.sizes, keep), given, compute, worth_s=_WORTH_S * len(batches.sizes))
         return ChunkResult(found[0], found[1], found[2], found[3:])
 
     def _train(
@@ -164,12 +169,16 @@ class ChunkTrainer:
         shares: torch.Tensor,
         start: RoundStart,
         round: int,
+        keep: bool,
         states: Sequence[Mapping[str, torch.Tensor]],
         run: Callable[[Pass, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     ) -> ChunkResult:
         work, every, longest = self._work, self._work.accumulate_batches, len(batches.sizes)
         clients = len(batches.num_batches)
+        # in a long round, passes of a kind of their own would be worth less than recording them costs
+        is_short = self._is_short(batches) and not self._why_not_alike
         self.module.load(start.parameters, start.statistics, clients)
+        self.module.shares[:clients].copy_(shares)
         if states:
             self.carried.begin(states)
         losses = torch.zeros(longest, clients, dtype=torch.float64)
@@ -178,6 +187,9 @@ class ChunkTrainer:
         samples = Samples(work, batches)
         for step, first in enumerate(range(0, longest, every)):
             active, group = batches.num_active(first), range(first, min(first + every, longest))
+            is_last = group.stop == longest and active == clients and not keep
+            kind = Step(self._direct_rate, is_short and step == 0, is_short and is_last)
+            self.module.begin_step(kind, active, is_cleared=every > 1)
             ranges = self._add_gradients(samples, group, active, losses, figures, run)
             if work.optimizer is not None:
                 lr = self._rate(batches, step, active, round)
@@ -189,7 +201,10 @@ class ChunkTrainer:
                 if self._is_over.is_set() or not bool(torch.isfinite(seen.sum())):
                     break
         figures[0].copy_(losses.sum(0))
-        return ChunkResult(losses, figures, *self._totals(shares, start.parameters))
+        return ChunkResult(losses, figures, *self._totals(shares))
+
+    def _is_short(self, batches: ChunkBatches) -> bool:
+        return len(batches.sizes) * self._work.num_microbatches <= _SHORT
 
     def _add_gradients(
         self,
@@ -201,12 +216,8 @@ class ChunkTrainer:
         run: Callable[[Pass, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     ) -> list[tuple[int, int]]:
         """Go through the batches of one step; returns the ranges of clients that went together."""
-        is_cleared = self._work.accumulate_batches > 1
-        if is_cleared:
-            self.module.gradients.clear(active)
-        self.module.begin_step(is_cleared=is_cleared)
         drawn = [samples.passes(batch) for batch in group]
-        whole = samples.wholes([one for passes in drawn for one in passes], active) if is_cleared else None
+        whole = samples.wholes([one for passes in drawn for one in passes], active) if len(group) > 1 else None
         ranges = []
         for batch, passes in zip(group, drawn, strict=True):
             totals = samples.wholes(passes, active) if whole is None else whole
@@ -219,13 +230,17 @@ class ChunkTrainer:
                 ranges.append((one.first, one.stop))
         return list(dict.fromkeys(ranges))
 
-    def _totals(self, shares: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _totals(self, shares: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The clients' parameters, [P], and their statistics, times their shares, summed."""
-        total, own = torch.empty_like(start), shares.to(start.dtype)
-        for part, span in zip(self.module.parameters.parts, self.module.layout.slices, strict=True):
-            torch.mv(part[: len(own)].t(), own, out=total[span])
-        statistics = self.module.buffers.values()
-        return total, [torch.tensordot(shares, each[: len(own)].double(), 1) for each in statistics]
+        module, clients = self.module, len(shares)
+        total, own = torch.empty_like(module.start), module.shares[:clients]
+        arrived = module.arrived(0, clients)
+        for place, span in enumerate(module.layout.slices):
+            torch.mv(module.parameters.parts[place][:clients].t(), own, out=total[span])
+            if arrived[place] is Arrived.SUM:  # of the last step, which the clients have not made
+                total[span].sub_(module.sums[span], alpha=self._direct_rate)
+        statistics = module.buffers.values()
+        return total, [torch.tensordot(shares, each[:clients].double(), 1) for each in statistics]
 
     def _step(
         self,
@@ -239,6 +254,8 @@ class ChunkTrainer:
         work, module = self._work, self.module
         assert work.optimizer is not None
         places = module.with_gradient(ranges)
+        if not places:  # all have moved already
+            return
         gradients = [module.gradients.parts[place][:active] for place in places]
         if work.max_gradient_norm is not None:
             squares = sum(
@@ -296,3 +313,12 @@ def _why_not_alike(work: ChunkWork) -> str:
     if work.rule is not None or work.is_remembered:
         return "clients carry something from round to round"
     return ""
+
+
+def _direct_rate(work: ChunkWork) -> float:
+    """The learning rate of steps that need nothing but the gradient of one pass; 0 where they need more."""
+    is_plain = isinstance(work.optimizer, SGD) and work.optimizer.is_plain
+    is_plain = is_plain and isinstance(work.learning_rate, Constant)
+    has_more = work.rule is not None or work.max_gradient_norm is not None or work.accumulate_batches > 1
+    is_one_pass = work.pads and work.num_microbatches == 1
+    return work.optimizer.lr if work.optimizer and is_plain and is_one_pass and not has_more else 0.0

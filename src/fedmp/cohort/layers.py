@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from fedmp.cohort.convolution import Sizes, grouped_convolution
 from fedmp.cohort.linear import batched_linear
 from fedmp.cohort.registry import CannotStackError, batched_rule
 from fedmp.cohort.stacked import Stacked, _by_vmap
@@ -99,6 +100,9 @@ def _convolution(func: Callable[..., Any], dims: int) -> Callable[..., Any]:
             wide, stride = wide[:, :, ::down, ::along], 1
         if dims == 2:
             wide = wide.contiguous(memory_format=torch.channels_last)
+            if not isinstance(padding, str):
+                sizes = Sizes(_pair(stride), _pair(padding), _pair(dilation), clients * groups)
+                return _from_channels(grouped_convolution(wide, weight, bias, sizes), clients)
         flat_bias = None if bias is None else bias.reshape(-1)
         kernels = weight.reshape(-1, *weight.shape[2:])
         out = func(wide, kernels, flat_bias, stride, padding, dilation, clients * groups)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedmp.cohort.stacked import Slot
+from fedmp.cohort.slot import Slot
 
 __all__ = ["batched_linear"]
 
@@ -32,11 +32,17 @@ class _Linear(torch.autograd.Function):
         bias_slot: Slot | None,
     ) -> torch.Tensor:
         x, weight = x.as_subclass(torch.Tensor), weight.as_subclass(torch.Tensor)
-        ctx.save_for_backward(x, weight)
         ctx.slots = weight_slot, bias_slot
-        if bias is None:
-            return torch.bmm(x, weight.transpose(1, 2))
-        return torch.baddbmm(bias.as_subclass(torch.Tensor).unsqueeze(1), x, weight.transpose(1, 2))
+        common = weight_slot.common if weight_slot is not None else None
+        ctx.save_for_backward(x, weight if common is None else common)
+        own = None if bias is None else bias.as_subclass(torch.Tensor)
+        if common is None:
+            return torch.bmm(x, weight.mT) if own is None else torch.baddbmm(own.unsqueeze(1), x, weight.mT)
+        common_bias = bias_slot.common if bias_slot is not None else None
+        if common_bias is not None:
+            return _rows(torch.addmm(common_bias, x.flatten(0, 1), common.t()), x)
+        out = _rows(torch.mm(x.flatten(0, 1), common.t()), x)
+        return out if own is None else out.add_(own.unsqueeze(1))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
@@ -44,15 +50,21 @@ class _Linear(torch.autograd.Function):
         weight_slot, bias_slot = ctx.slots
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.bmm(gradient, weight)
-        if ctx.needs_input_grad[1]:
+            is_common = weight.dim() == 2
+            of_x = _rows(torch.mm(gradient.flatten(0, 1), weight), x) if is_common else gradient.bmm(weight)
+        if ctx.needs_input_grad[1]:  # which may move the weights: nothing reads them from here on
             if weight_slot is not None:
-                weight_slot.add_product(gradient.transpose(1, 2), x)
+                weight_slot.add_product(gradient, x)
             else:
-                of_weight = torch.bmm(gradient.transpose(1, 2), x)
+                of_weight = torch.bmm(gradient.mT, x)
         if ctx.needs_input_grad[2]:
             if bias_slot is not None:
                 bias_slot.add_rows(gradient)
             else:
                 of_bias = gradient.sum(1)
         return of_x, of_weight, of_bias, None, None
+
+
+def _rows(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[K N, ...] to [K, N, ...], as of another tensor."""
+    return flat.view(*like.shape[:2], -1)

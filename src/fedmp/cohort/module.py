@@ -9,7 +9,7 @@ Shape letters: K clients of a chunk, P trained parameters of one client.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from fedmp.cohort.registry import CannotStackError, module_rule_of
-from fedmp.cohort.stacked import Slot, Stacked, leaf_of, stack
+from fedmp.cohort.slot import Arrived, Slot, Step, with_gradient
+from fedmp.cohort.stacked import Stacked, leaf_of, stack
 
 __all__ = ["ByParameter", "FlatLayout", "StackedModule", "flat_layout", "own_statistics"]
 
@@ -135,14 +136,26 @@ class StackedModule:
         layout: of its trained parameters.
         num_clients: K, the most clients that it can hold.
         num_buffers: of the optimizer.
+        own: names of parameters that differ from client to client before the first step.
 
     Attributes:
         parameters, gradients: of the clients.
         state: of the optimizer, alike.
         buffers: of statistics that differ by client, [K, ...] by name.
+        start: [P] what all clients were handed out.
+        shares: [K] of the clients in sums over them.
+        sums: [P] the last step's gradients times these, summed, where they arrived so.
+        step: how gradients are taken in.
     """
 
-    def __init__(self, model: nn.Module, layout: FlatLayout, num_clients: int, num_buffers: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: FlatLayout,
+        num_clients: int,
+        num_buffers: int,
+        own: Collection[str] = (),
+    ) -> None:
         self.module = _copy_without_weights(model)
         self.module.train()
         self.layout = layout
@@ -154,11 +167,15 @@ class StackedModule:
             name: tensor.new_zeros((num_clients, *tensor.shape))
             for name, tensor in own_statistics(model).items()
         }
+        self.start, self.sums = torch.zeros(2, layout.size, dtype=dtype)
+        self.shares = torch.zeros(num_clients, dtype=dtype)
+        self.step = Step()
+        self._own = own
         self._places = _places(model, layout.names)
         self._buffer_places = _buffer_places(model, self.buffers)
         self._ranges: dict[tuple[int, int], _Range] = {}
         self._bound: tuple[int, int] | None = None
-        self._is_cleared = False
+        self._arrived = Arrived.NOTHING  # before a step's first pass
         self._shared = {name: (buffer, buffer._version) for name, buffer in self._shared_buffers()}
         for module in self.module.modules():
             rule = module_rule_of(module)
@@ -168,6 +185,7 @@ class StackedModule:
     def load(self, start: torch.Tensor, buffers: Mapping[str, torch.Tensor], num_clients: int) -> None:
         """Give the first so many clients the same weights, [P], and statistics; [K, ...] where they differ."""
         self.parameters.load(start, num_clients)
+        self.start.copy_(start)
         for name, buffer in self.buffers.items():
             buffer[:num_clients].copy_(buffers[name])
 
@@ -181,48 +199,51 @@ class StackedModule:
             CannotStackError: the forward does what cannot be done for many clients at once.
         """
         self._bind(first, stop)
+        for slot in self._ranges[first, stop].slots:
+            slot.num_uses = 0
         result = self.module(stack(inputs))
         for name, (buffer, version) in self._shared.items():
             if buffer._version != version:
                 raise CannotStackError(f"the forward changes the buffer {name}")
         return result
 
-    def begin_step(self, *, is_cleared: bool) -> None:
-        """Forget the gradients; `is_cleared` says that their memory is all zeros already."""
-        self._is_cleared = is_cleared
+    def begin_step(self, step: Step | None = None, clients: int = 0, *, is_cleared: bool = False) -> None:
+        """Forget the last step's gradients; `is_cleared` sets those of the first so many clients to zero."""
+        if is_cleared:
+            self.gradients.clear(clients)
+        self.step = step or Step()
+        self._arrived = Arrived.GRADIENT if is_cleared else Arrived.NOTHING
         for bound in self._ranges.values():
             for slot in bound.slots:
-                slot.is_written = is_cleared
+                slot.begin(self.step, self._arrived)
 
     def collect(self, first: int, stop: int) -> None:
-        """After a backward: move gradients that autograd left at the parameters into the flat ones."""
+        """After a backward: take in the gradients that autograd left at the parameters."""
         bound = self._ranges[first, stop]
         with torch._C.DisableTorchFunctionSubclass():
             for leaf, slot in zip(bound.leaves, bound.slots, strict=True):
                 if leaf.grad is not None:
-                    slot.add(leaf.grad)
+                    slot.add(leaf.grad, is_over=True)
                     leaf.grad = None
 
-    def written(self, first: int, stop: int) -> tuple[bool, ...]:
-        """Which of these clients' parameters have a gradient in this step, or a part of it."""
-        bound = self._range(first, stop)
-        return tuple(slot.is_written for slot in bound.slots)
+    def arrived(self, first: int, stop: int) -> tuple[Arrived, ...]:
+        """What has become of the gradients of these clients' parameters in this step."""
+        return tuple(slot.arrived for slot in self._range(first, stop).slots)
 
-    def mark_written(self, first: int, stop: int, written: Sequence[bool]) -> None:
-        """Say so, where something else than `run` and `collect` wrote them."""
-        for slot, is_written in zip(self._range(first, stop).slots, written, strict=True):
-            slot.is_written = is_written
+    def mark_arrived(self, first: int, stop: int, arrived: Sequence[Arrived]) -> None:
+        """Say so, where something else than `run` and `collect` took them in."""
+        for slot, own in zip(self._range(first, stop).slots, arrived, strict=True):
+            slot.arrived = own
 
     def tensors(self) -> list[torch.Tensor]:
         """All that training may change: weights, gradients, optimizer state, and the model's own tensors."""
         own = [*self.module.parameters(), *self.module.buffers()]
         flat = [each.flat for each in (self.parameters, self.gradients, *self.state)]
-        return [*flat, *self.buffers.values(), *own]
+        return [*flat, self.start, self.sums, self.shares, *self.buffers.values(), *own]
 
     def with_gradient(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
-        """Places, in the layout, of the parameters that have a gradient: usually all."""
-        written = [self.written(first, stop) for first, stop in ranges]
-        return [place for place, flags in enumerate(zip(*written, strict=True)) if any(flags)]
+        """Places, in the layout, of the parameters whose gradient waits for a step."""
+        return with_gradient([self.arrived(first, stop) for first, stop in ranges])
 
     def _bind(self, first: int, stop: int) -> None:
         key = (first, stop)
@@ -242,11 +263,16 @@ class StackedModule:
         return self._ranges[first, stop]
 
     def _make_range(self, first: int, stop: int) -> _Range:
-        leaves = [leaf_of(view) for view in self.parameters.views(first, stop)]
-        slots = [Slot(view) for view in self.gradients.views(first, stop)]
-        for leaf, slot in zip(leaves, slots, strict=True):
-            leaf.slot = slot
-            slot.is_written = self._is_cleared  # of this step, which may have begun before
+        weights = self.parameters.views(first, stop)
+        leaves, slots = [leaf_of(weight) for weight in weights], list[Slot]()
+        starts, sums = (list(self.layout.by_name(row).values()) for row in (self.start.data, self.sums.data))
+        gradients, shares = self.gradients.views(first, stop), self.shares[first:stop]
+        for place, name in enumerate(self.layout.names):
+            start = None if name in self._own else starts[place]
+            slot = Slot(gradients[place], weights[place], start, sums[place], shares)
+            slot.begin(self.step, self._arrived)  # of this step, which may have begun before
+            leaves[place].slot = slot
+            slots.append(slot)
         buffers = {name: stack(buffer[first:stop]) for name, buffer in self.buffers.items()}
         return _Range(leaves, slots, buffers)
 
@@ -290,6 +316,9 @@ def _buffer_places(model: nn.Module, names: Mapping[str, Any]) -> dict[str, tupl
 
 def _by_rule(module: nn.Module, rule: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
+        for parameter in module.parameters():
+            if isinstance(parameter, Stacked) and parameter.slot is not None:
+                parameter.slot.num_uses += 2  # or more: who knows
         with torch._C.DisableTorchFunctionSubclass():
             result = rule(module, *args, **kwargs)
             return result.as_subclass(Stacked) if isinstance(result, torch.Tensor) else result

@@ -82,6 +82,11 @@ class SGD:
     maximize: bool = False
 
     @property
+    def is_plain(self) -> bool:
+        """Whether a step takes the gradient times the learning rate from the parameters, and nothing else."""
+        return not (self.momentum or self.weight_decay or self.maximize)
+
+    @property
     def num_buffers(self) -> int:
         """The momentum."""
         return len(self.state_names)

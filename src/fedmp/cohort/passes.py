@@ -12,6 +12,7 @@ import torch
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.objective import Objective
 from fedmp.cohort.replays import Replays, Tensors
+from fedmp.cohort.slot import Arrived
 
 __all__ = ["Pass", "Passes"]
 
@@ -37,7 +38,7 @@ class Pass:
 
 
 class Passes:
-    """Runs passes, each of which adds its clients' gradients to the module's.
+    """Runs passes, whose gradients the module's slots take in.
 
     Args:
         module: the clients' weights.
@@ -69,15 +70,15 @@ class Passes:
             CannotStackError: the model cannot be run for many clients at once.
         """
         given = [one.inputs, one.targets, totals]
-        before = self._module.written(one.first, one.stop)
-        key = (one.first, one.stop, before, *((tensor.shape, tensor.dtype) for tensor in given))
+        before, step = self._module.arrived(one.first, one.stop), self._module.step
+        key = (one.first, one.stop, before, step, *((tensor.shape, tensor.dtype) for tensor in given))
 
-        def compute(given: Tensors) -> tuple[Tensors, tuple[bool, ...]]:
-            self._module.mark_written(one.first, one.stop, before)
-            return self._run(one, *given), self._module.written(one.first, one.stop)
+        def compute(given: Tensors) -> tuple[Tensors, tuple[Arrived, ...]]:
+            self._module.mark_arrived(one.first, one.stop, before)
+            return self._run(one, *given), self._module.arrived(one.first, one.stop)
 
         (sums, correct), after = self.replays.run(key, given, compute, worth_s=_WORTH_S, times=_TIMES)
-        self._module.mark_written(one.first, one.stop, after)
+        self._module.mark_arrived(one.first, one.stop, after)
         return sums, correct
 
     def run_plainly(self, one: Pass, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,8 +140,8 @@ def _stacked(
     x, y = inputs[rows.flatten()].unflatten(0, rows.shape), targets[rows.flatten()].unflatten(0, rows.shape)
     if padding:
         y = objective.pad(y, torch.tensor([len(inputs)] * 2))
+    module.begin_step()
     sums = objective.loss_sums(module.run(x, 0, 2), y)
-    module.begin_step(is_cleared=False)
     objective.go_back(sums, objective.weights(y))
     module.collect(0, 2)
     written = module.with_gradient([(0, 2)])

@@ -10,62 +10,28 @@ Shape letters: K clients; a *physical* shape is [K, *shape], a *logical* one is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fedmp.cohort.registry import CannotStackError, rule_of
+from fedmp.cohort.slot import Slot
 
-__all__ = ["Slot", "Stacked", "leaf_of", "rank", "stack", "unstack"]
+__all__ = ["Stacked", "leaf_of", "rank", "stack", "unstack"]
 
 
 _TENSOR = object()
 
 
-class Slot:
-    """Where a stacked parameter's gradient goes: a view of the flat gradients.
+class Stacked(torch.Tensor):
+    """The clients' tensors in dim 0; functions see one client's shape. Made by `stack`.
 
     Attributes:
-        gradient: [K, *shape]; holds nothing of use until `is_written`.
-        is_written: whether this step's gradient, or a part of it, is there.
+        slot: where the gradient of a trained parameter goes; None for any other tensor.
     """
 
-    __slots__ = ("gradient", "is_written")
-
-    def __init__(self, gradient: torch.Tensor) -> None:
-        self.gradient = gradient
-        self.is_written = False
-
-    def add(self, gradient: torch.Tensor) -> None:
-        """Add to this step's gradient."""
-        if self.is_written:
-            self.gradient.add_(gradient)
-        else:
-            self.gradient.copy_(gradient)
-        self.is_written = True
-
-    def add_product(self, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Add the clients' matrix products `first @ second`, without a tensor between."""
-        if self.is_written:
-            self.gradient.baddbmm_(first, second)
-        else:
-            torch.bmm(first, second, out=self.gradient)
-        self.is_written = True
-
-    def add_rows(self, rows: torch.Tensor) -> None:
-        """Add the clients' sums over dim 1."""
-        if self.is_written:
-            self.gradient.add_(rows.sum(1))
-        else:
-            torch.sum(rows, 1, out=self.gradient)
-        self.is_written = True
-
-
-class Stacked(torch.Tensor):
-    """The clients' tensors in dim 0; functions see one client's shape. Made by `stack`."""
-
-    slot: Slot | None
+    slot: Slot | None = None
 
     @classmethod
     def __torch_function__(
@@ -76,6 +42,9 @@ class Stacked(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the function for all clients at once."""
+        _count_uses(args)
+        if kwargs:
+            _count_uses(kwargs.values())
         rule = rule_of(func)
         with torch._C.DisableTorchFunctionSubclass():
             if rule is not None:
@@ -93,9 +62,9 @@ def leaf_of(view: torch.Tensor) -> Stacked:
     """A stacked leaf of autograd in the memory of `view`, which may be changed in place between steps.
 
     It is a tensor of its own and no view to autograd, which would retrace a view through its base after
-    every change of that.
+    every change of that; nor does autograd know of changes that are made during a backward.
     """
-    return torch.Tensor._make_subclass(Stacked, view, True)
+    return torch.Tensor._make_subclass(Stacked, view.data, True)
 
 
 def unstack(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,6 +78,15 @@ def rank(value: Any) -> int:
     if isinstance(value, Stacked):
         return value.dim() - 1
     return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def _count_uses(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, Stacked):
+            if value.slot is not None:
+                value.slot.num_uses += 1
+        elif isinstance(value, list | tuple):
+            _count_uses(value)
 
 
 def _wrap(result: Any) -> Any:

@@ -102,7 +102,7 @@ class CohortTraining:
         self._free: queue.SimpleQueue[ChunkTrainer] = queue.SimpleQueue()
         num_buffers = work.optimizer.num_buffers if work.optimizer else 0
         self._trainers = [
-            ChunkTrainer(StackedModule(model, layout, chunk, num_buffers), work, self._is_over)
+            ChunkTrainer(StackedModule(model, layout, chunk, num_buffers, work.own), work, self._is_over)
             for _ in range(workers)
         ]
         for trainer in self._trainers:
@@ -212,7 +212,8 @@ class CohortTraining:
         if memory is not None and self._is_remembered:
             states = [memory.load(client) for client in clients]
         shares = torch.tensor([cohort.weights[k] for k in members], dtype=torch.float64)
-        trained = trainer.train(batches, shares, start, round=round, states=states)
+        keep = result.parameters.shape[0] > 0
+        trained = trainer.train(batches, shares, start, round=round, keep=keep, states=states)
         _check(trained.losses, clients, round)
         if memory is not None and self._is_remembered:
             num_steps = [-(-count // self._every) for count in batches.num_batches]
@@ -221,7 +222,7 @@ class CohortTraining:
                 memory.save(client, state)
         places = torch.tensor(members)
         result.figures[:, places] = trained.figures
-        if result.parameters.shape[0]:
+        if keep:
             result.parameters[places] = module.parameters.rows(len(members))
         for name, own in result.own_buffers.items():
             own[places] = module.buffers[name][: len(members)]

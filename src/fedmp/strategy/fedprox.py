@@ -75,5 +75,5 @@ class FedProx(FedAvg):
 
     @property
     def local_rule(self) -> LocalRule | None:
-        """The pull."""
-        return Proximal(self.mu)
+        """The pull; None if it has no strength."""
+        return Proximal(self.mu) if self.mu else None
