@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +73,9 @@ class CohortResult:
     own_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+_Sums: TypeAlias = tuple[torch.Tensor, list[torch.Tensor]]  # of parameters and statistics
+
+
 class CohortTraining:
     """Trains cohorts.
 
@@ -108,8 +114,9 @@ class CohortTraining:
         for trainer in self._trainers:
             self._free.put(trainer)
         # each thread computes alone: two that share every operation wait for each other all the time, and for
-        # whatever else wants a core; one of them that is put off then puts off both
-        self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        # whatever else wants a core; one of them that is put off then puts off both. The caller's is one of them
+        others = max(workers - 1, 1)
+        self._pool = ThreadPoolExecutor(others, initializer=torch.set_num_threads, initargs=(1,))
 
     @property
     def refusal(self) -> str:
@@ -152,18 +159,14 @@ class CohortTraining:
         order = np.lexsort((-sizes, -np.array(cohort.num_batches))).tolist()
         chunks = _cut(order, self._chunk, self._num_workers)
 
-        def run(members: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        def run(members: Sequence[int]) -> _Sums:
             trainer = self._free.get()
             try:
                 return self._train_chunk(trainer, cohort, members, start, round, result, memory)
             finally:
                 self._free.put(trainer)
 
-        done, sums = 0, []
-        for members, summed in zip(chunks, self._pool.map(run, chunks), strict=True):
-            sums.append(summed)
-            done += len(members)
-            on_chunk(done)
+        sums = self._run_all(run, chunks, on_chunk)
         for total, statistics in sums:  # not before all threads are done: each has a core by itself
             result.total.add_(total)
             for whole, part in zip(result.buffers.values(), statistics, strict=True):
@@ -171,6 +174,37 @@ class CohortTraining:
         if not bool(torch.isfinite(result.total).all()):
             raise TrainingError(_explain("the weights are", cohort, round))
         return result
+
+    def _run_all(
+        self,
+        run: Callable[[Sequence[int]], _Sums],
+        chunks: Sequence[Sequence[int]],
+        on_chunk: Callable[[int], None],
+    ) -> list[_Sums]:
+        """Run all chunks, in this thread and the others; returns what they gave, in their order."""
+        found: dict[int, _Sums] = {}
+        pending = deque(enumerate(chunks))
+
+        def run_some(tell: Callable[[int], None]) -> None:
+            try:
+                while pending:
+                    place, members = pending.popleft()
+                    found[place] = run(members)
+                    tell(sum(len(chunks[done]) for done in list(found)))
+            except IndexError:  # another thread took the last one
+                return
+            except BaseException:
+                pending.clear()
+                raise
+
+        others = [
+            self._pool.submit(run_some, lambda _: None) for _ in range(min(self._num_workers, len(chunks)) - 1)
+        ]
+        with _one_thread():
+            run_some(on_chunk)
+        for other in others:
+            other.result()
+        return [found[place] for place in range(len(chunks))]
 
     def _empty(
         self, cohort: Cohort, start: torch.Tensor, buffers: Mapping[str, torch.Tensor], keep: bool
@@ -195,7 +229,7 @@ class CohortTraining:
         round: int,
         result: CohortResult,
         memory: Memory | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    ) -> _Sums:
         """Train some of the cohort; returns their weighted sums, in the memory of nobody."""
         module = trainer.module
         clients = [cohort.clients[k] for k in members]
@@ -227,6 +261,17 @@ class CohortTraining:
         for name, own in result.own_buffers.items():
             own[places] = module.buffers[name][: len(members)]
         return trained.total.clone(), [buffer.clone() for buffer in trained.buffers]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch's operations in this thread use no other thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cut(order: Sequence[int], most: int, workers: int) -> list[Sequence[int]]:
