@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedmp.cohort import ChunkWork, Objective, RoundStart, flat_layout, own_statistics
-from fedmp.cohort.batches import draw_batches
+from fedmp.cohort.batches import CohortBatches
 from fedmp.cohort.chunk import ChunkTrainer
 from fedmp.cohort.module import StackedModule
 from fedmp.cohort.optimizers import SGD, Adam, FlatOptimizer
@@ -110,7 +110,7 @@ def after_rounds(trainer: ChunkTrainer, model: nn.Module, *cohorts: tuple[int, .
     for round in range(1, ROUNDS + 1):
         sizes = cohorts[round % len(cohorts)]
         rows, places = Rows(torch.arange(sum(sizes)), sizes), np.arange(3)
-        batches = draw_batches(
+        batches = CohortBatches(
             ["a", "b", "c"],
             rows,
             places,
@@ -118,7 +118,7 @@ def after_rounds(trainer: ChunkTrainer, model: nn.Module, *cohorts: tuple[int, .
             batch_size=4,
             seed=0,
             round=round,
-        )
+        ).chunk(0, 3)
         told = trainer.train(batches, torch.tensor([0.5, 0.2, 0.3]).double(), start, round=round)
         statistics = dict(zip(start.statistics, told.buffers, strict=True))
         found += [told.losses.clone(), told.figures.clone(), told.total.clone()]
@@ -416,9 +416,9 @@ def test_what_is_recorded_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> N
         for own, batch_size in ((8, 4), (size, size)):
             rows = Rows(torch.cat([torch.arange(own) + place for place in range(3)]), [own] * 3)
             counts = [-(-own // batch_size)] * 3
-            batches = draw_batches(
+            batches = CohortBatches(
                 ["a", "b", "c"], rows, np.arange(3), counts, batch_size=batch_size, seed=0, round=round
-            )
+            ).chunk(0, 3)
             trainer.train(batches, torch.ones(3).double(), start, round=round + 1)
     assert tapes(trainer).num_replayed > 100  # of the 120 that are alike
     assert tapes(trainer).num_kinds_held <= 2

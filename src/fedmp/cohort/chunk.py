@@ -160,7 +160,9 @@ class ChunkTrainer:
             result = self._train(own, shares, begin, round, keep, (), run)
             return [result.losses, result.figures, result.total, *result.buffers], None
 
-        found, _ = self.rounds.run((batches.sizes, keep), given, compute, worth_s=_WORTH_S * len(batches.sizes))
+        found, _ = self.rounds.run(
+            (batches.sizes, keep), given, compute, worth_s=_WORTH_S * len(batches.sizes)
+        )
         return ChunkResult(found[0], found[1], found[2], found[3:])
 
     def _train(
@@ -175,8 +177,9 @@ class ChunkTrainer:
     ) -> ChunkResult:
         work, every, longest = self._work, self._work.accumulate_batches, len(batches.sizes)
         clients = len(batches.num_batches)
-        # in a long round, passes of a kind of their own would be worth less than recording them costs
-        is_short = self._is_short(batches) and not self._why_not_alike
+        # a client's own weights must not depend, to the last bit, on who is trained beside it; and in a long round,
+        # passes of a kind of their own would be worth less than recording them costs
+        is_summed = not keep and self._is_short(batches) and not self._why_not_alike
         self.module.load(start.parameters, start.statistics, clients)
         self.module.shares[:clients].copy_(shares)
         if states:
@@ -187,8 +190,8 @@ class ChunkTrainer:
         samples = Samples(work, batches)
         for step, first in enumerate(range(0, longest, every)):
             active, group = batches.num_active(first), range(first, min(first + every, longest))
-            is_last = group.stop == longest and active == clients and not keep
-            kind = Step(self._direct_rate, is_short and step == 0, is_short and is_last)
+            is_last = group.stop == longest and active == clients
+            kind = Step(self._direct_rate, is_summed and step == 0, is_summed and is_last)
             self.module.begin_step(kind, active, is_cleared=every > 1)
             ranges = self._add_gradients(samples, group, active, losses, figures, run)
             if work.optimizer is not None:
@@ -217,7 +220,9 @@ class ChunkTrainer:
     ) -> list[tuple[int, int]]:
         """Go through the batches of one step; returns the ranges of clients that went together."""
         drawn = [samples.passes(batch) for batch in group]
-        whole = samples.wholes([one for passes in drawn for one in passes], active) if len(group) > 1 else None
+        whole = (
+            samples.wholes([one for passes in drawn for one in passes], active) if len(group) > 1 else None
+        )
         ranges = []
         for batch, passes in zip(group, drawn, strict=True):
             totals = samples.wholes(passes, active) if whole is None else whole

@@ -1,10 +1,9 @@
 """Where the gradient of a stacked parameter goes as a backward finds it: into memory, or as a step into the weights.
 
 Plain SGD needs no gradient but for one subtraction. So its steps are made within the backward, by the very product
-that gives the gradient, which saves writing and reading as much memory as all clients' weights take, twice. Where a
-round's last step is concerned and nobody asks for single clients' weights, the sum over the clients is enough, which is
-one small product instead of one for each client. And before the first step all clients have the same weights, so one
-matrix product does for all of them.
+that gives the gradient, which saves writing and reading as much memory as all clients' weights take, twice. Where only
+the sum of the clients' weights is wanted, more can be saved: before the first step all have the same weights, so one
+matrix product does for all of them; and the last step is one product for the sum instead of one for each client.
 
 Shape letters: K clients, N rows, I and O features in and out.
 """
@@ -25,8 +24,8 @@ class Step(NamedTuple):
 
     Attributes:
         rate: the learning rate with which they move the weights at once; 0 if they are collected.
-        is_first: of the round, so that all clients have the weights that they were handed out.
-        is_last: of the round, after which only the sum of the clients' weights is wanted.
+        is_first: of a round whose sum is wanted: all clients have the weights that they were handed out.
+        is_last: of such a round.
     """
 
     rate: float = 0.0

@@ -18,6 +18,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from fedmp.cohort.recording import Call, Place, Recording, storage_of
+from fedmp.cohort.tape_fusion import fused
 from fedmp.cohort.tape_memory import arrange, lifetimes, share
 from fedmp.cohort.tape_program import CannotReplayError, Program, plan_of
 
@@ -80,6 +81,7 @@ class Tape:
         constant = _constants(recording.calls, made)
         kept = _needed(recording.calls, known | wanted, constant)
         self._signature = _signature(kept, made, constant)
+        kept = fused(kept)
         memories = lifetimes(kept, constant, wanted, recording.num_bytes)
         plans = [plan_of(call) for call in kept]
         for index, (call, plan) in enumerate(zip(kept, plans, strict=True)):

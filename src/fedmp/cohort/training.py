@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedmp.cohort.batches import draw_batches
+from fedmp.cohort.batches import ChunkBatches, CohortBatches
 from fedmp.cohort.carried import Memory
 from fedmp.cohort.chunk import ChunkTrainer, ChunkWork
 from fedmp.cohort.module import FlatLayout, StackedModule
@@ -157,28 +157,39 @@ class CohortTraining:
         # equal work side by side, the longest first: less padding, and threads that end together
         _, sizes = cohort.rows.spans(cohort.places)
         order = np.lexsort((-sizes, -np.array(cohort.num_batches))).tolist()
-        chunks = _cut(order, self._chunk, self._num_workers)
+        batches = CohortBatches(
+            [cohort.clients[k] for k in order],
+            cohort.rows,
+            cohort.places[order],
+            [cohort.num_batches[k] for k in order],
+            batch_size=self._batch_size,
+            seed=self._seed,
+            round=round,
+        )
 
-        def run(members: Sequence[int]) -> _Sums:
-            trainer = self._free.get()
+        def run(span: range) -> _Sums:
+            trainer, members = self._free.get(), order[span.start : span.stop]
             try:
-                return self._train_chunk(trainer, cohort, members, start, round, result, memory)
+                own = batches.chunk(span.start, span.stop)
+                return self._train_chunk(trainer, cohort, members, own, start, round, result, memory)
             finally:
                 self._free.put(trainer)
 
+        chunks = _cut(len(order), self._chunk, self._num_workers)
         sums = self._run_all(run, chunks, on_chunk)
         for total, statistics in sums:  # not before all threads are done: each has a core by itself
             result.total.add_(total)
             for whole, part in zip(result.buffers.values(), statistics, strict=True):
                 whole.add_(part)
-        if not bool(torch.isfinite(result.total).all()):
+        is_finite = math.isfinite(float(result.total.sum()))  # of a sum that is, all entries are
+        if not is_finite and not bool(torch.isfinite(result.total).all()):
             raise TrainingError(_explain("the weights are", cohort, round))
         return result
 
     def _run_all(
         self,
-        run: Callable[[Sequence[int]], _Sums],
-        chunks: Sequence[Sequence[int]],
+        run: Callable[[range], _Sums],
+        chunks: Sequence[range],
         on_chunk: Callable[[int], None],
     ) -> list[_Sums]:
         """Run all chunks, in this thread and the others; returns what they gave, in their order."""
@@ -198,7 +209,8 @@ class CohortTraining:
                 raise
 
         others = [
-            self._pool.submit(run_some, lambda _: None) for _ in range(min(self._num_workers, len(chunks)) - 1)
+            self._pool.submit(run_some, lambda _: None)
+            for _ in range(min(self._num_workers, len(chunks)) - 1)
         ]
         with _one_thread():
             run_some(on_chunk)
@@ -225,6 +237,7 @@ class CohortTraining:
         trainer: ChunkTrainer,
         cohort: Cohort,
         members: Sequence[int],
+        batches: ChunkBatches,
         start: RoundStart,
         round: int,
         result: CohortResult,
@@ -233,15 +246,6 @@ class CohortTraining:
         """Train some of the cohort; returns their weighted sums, in the memory of nobody."""
         module = trainer.module
         clients = [cohort.clients[k] for k in members]
-        batches = draw_batches(
-            clients,
-            cohort.rows,
-            cohort.places[members],
-            [cohort.num_batches[k] for k in members],
-            batch_size=self._batch_size,
-            seed=self._seed,
-            round=round,
-        )
         states = []
         if memory is not None and self._is_remembered:
             states = [memory.load(client) for client in clients]
@@ -274,12 +278,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _cut(order: Sequence[int], most: int, workers: int) -> list[Sequence[int]]:
+def _cut(clients: int, most: int, workers: int) -> list[range]:
     """Chunks of equal size, of at most so many clients, as many for each worker."""
-    count = -(-len(order) // most)
-    count = min(-(-count // workers) * workers, len(order))
-    size = -(-len(order) // count)
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    count = -(-clients // most)
+    count = min(-(-count // workers) * workers, clients)
+    size = -(-clients // count)
+    return [range(i, min(i + size, clients)) for i in range(0, clients, size)]
 
 
 def _check(losses: torch.Tensor, clients: Sequence[str], round: int) -> None:

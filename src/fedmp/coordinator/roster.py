@@ -46,15 +46,11 @@ def after_round(roster: Roster, updates: Sequence[ClientUpdate]) -> dict[str, St
         roster: before it.
         updates: those that counted.
     """
-    keys: dict[tuple[int, str], str] = {}  # most clients' are the same: one string for all of them
-    standings = {}
-    columns = [figures(updates, name) for name in ("client", "round", "generation", "loss")]
-    for client, round, generation, loss in zip(*columns, strict=True):
-        begun = round, generation
-        if begun not in keys:
-            keys[begun] = state_key(*begun)
-        standings[client] = Standing(keys[begun], loss)
-    return {**roster, **standings}
+    clients, *begun, losses = (figures(updates, name) for name in ("client", "round", "generation", "loss"))
+    started = list(zip(*begun, strict=True))
+    keys = {each: state_key(*each) for each in set(started)}  # one string for all that are alike
+    states = map(keys.__getitem__, started)
+    return {**roster, **dict(zip(clients, map(Standing, states, losses), strict=True))}
 
 
 def states_of(roster: Roster) -> Mapping[str, str]:

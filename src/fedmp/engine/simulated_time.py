@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Container
+from typing import NamedTuple
 
 from fedmp.clock import Always, ClientTiming, ClientWork, ideal_round_s, time_clients
 from fedmp.coordinator import Opening
@@ -41,8 +43,11 @@ class SimulatedTime:
         self._known_s: dict[tuple[int, int], float] = {}
         self._timings: dict[str, ClientTiming] = {}
         self._repeated: dict[tuple[str, int, int], ClientTiming] = {}
+        self._steady: dict[str, ClientTiming] = {}  # of clients that do the same in each round
+        self._closed = _Closed((), math.nan, (), 0, 0)
         self._round = session.first_round - 1
-        for client in {loss.device.partition("/")[0] for loss in self._job.clock.losses}:
+        self._losing = {loss.device.partition("/")[0] for loss in self._job.clock.losses}
+        for client in self._losing:
             self._changed[client] = self._left(client, range(1, session.first_round))
 
     def open(self, opening: Opening) -> None:
@@ -51,10 +56,16 @@ class SimulatedTime:
         self._timings = {}
         if self._is_ideal:  # each client's time is known by its plan, when it is asked for
             return
-        works = [work for client in opening.cohort if (work := self._work(client)) is not None]
-        for timing in self._time(works):
-            self._timings[timing.client] = timing
-        for client in {loss.device.partition("/")[0] for loss in self._job.clock.losses}:
+        new = [client for client in opening.cohort if client not in self._steady]
+        works = [work for client in new if (work := self._work(client)) is not None]
+        timed = {timing.client: timing for timing in self._time(works)}
+        if self._repeats:
+            self._steady.update((name, own) for name, own in timed.items() if self._is_steady(name))
+        for client in opening.cohort:
+            timing = self._steady.get(client) or timed.get(client)
+            if timing is not None:
+                self._timings[client] = timing
+        for client in self._losing:
             self._changed[client] = self._left(client, range(1, opening.round + 1))
 
     def finish_s(self, cohort: SomeClients, round: int) -> list[float]:
@@ -92,21 +103,31 @@ class SimulatedTime:
 
     def close(self, arrivals: Arrivals) -> tuple[int, int]:
         """The round closes; returns the devices and clients that were lost, and the attempts after the first."""
-        timings = self._timings.values()
+        closed = self._close(arrivals)
         if self._is_logged:
-            events = [
-                event._replace(what="late")
-                if event.what == "arrived" and event.client in arrivals.left_s
-                else event
-                for timing in timings
-                for event in timing.events
-            ]
-            events.append(ClockEvent(arrivals.duration_s, "", "", "closed"))
-            events.sort(key=lambda event: event.time_s)
-            self._session.observe(RoundTimed(self._round, self._now_s, tuple(events)))
+            self._session.observe(RoundTimed(self._round, self._now_s, closed.events))
         self._now_s += arrivals.duration_s
-        losses = sum(event.what == "lost" for timing in timings for event in timing.events)
-        return losses, sum(max(timing.attempts - 1, 0) for timing in timings)
+        return closed.num_lost, closed.num_retries
+
+    def _close(self, arrivals: Arrivals) -> _Closed:
+        timings = tuple(self._timings.values())
+        if not arrivals.left_s and self._closed.is_of(timings, arrivals.duration_s):
+            return self._closed  # as the round before, in which the same happened
+        events = [
+            event._replace(what="late")
+            if event.what == "arrived" and event.client in arrivals.left_s
+            else event
+            for timing in timings
+            for event in timing.events
+        ]
+        num_lost = sum(event.what == "lost" for event in events)
+        num_retries = sum(max(timing.attempts - 1, 0) for timing in timings)
+        events.append(ClockEvent(arrivals.duration_s, "", "", "closed"))
+        events.sort(key=lambda event: event.time_s)
+        closed = _Closed(timings, arrivals.duration_s, tuple(events), num_lost, num_retries)
+        if not arrivals.left_s:
+            self._closed = closed
+        return closed
 
     def _ideal_s(self, kind: ClientSetup, num_batches: int) -> float:
         """Seconds of a client's round; of clients of one kind that do as much found out once."""
@@ -118,6 +139,11 @@ class SimulatedTime:
     def _setup(self, client: str) -> ClientSetup | None:
         """A client as its losses have left it; None if it cannot train any more."""
         return self._changed[client] if client in self._changed else self._clients[client]
+
+    def _is_steady(self, client: str) -> bool:
+        """Whether a client does the same in each round."""
+        setup = self._setup(client)
+        return setup is not None and setup.work.effort is None and client not in self._losing
 
     def _time(self, works: list[ClientWork]) -> list[ClientTiming]:
         """How the works go; where nothing but plans and links decides, as they went before."""
@@ -135,6 +161,8 @@ class SimulatedTime:
         if setup is None:
             return None
         work = _work_of(setup, self._round)
+        if client not in self._losing:
+            return work
         lost = self._lost(client, [self._round])
         in_use = [device for device in work.plan.devices if device in lost]
         if not in_use:
@@ -161,6 +189,28 @@ class SimulatedTime:
             return plan_anew(self._session.prepared, setup, devices) if devices else None
         except PlanError:
             return None
+
+
+class _Closed(NamedTuple):
+    """What happened in a round, of which a later one may be a repetition.
+
+    Attributes:
+        timings, duration_s: of the round.
+        events: in the order of time.
+        num_lost: devices and clients that were lost.
+        num_retries: attempts after each client's first.
+    """
+
+    timings: tuple[ClientTiming, ...]
+    duration_s: float
+    events: tuple[ClockEvent, ...]
+    num_lost: int
+    num_retries: int
+
+    def is_of(self, timings: tuple[ClientTiming, ...], duration_s: float) -> bool:
+        """Whether the same clients did the very same."""
+        is_same = len(timings) == len(self.timings) and duration_s == self.duration_s
+        return is_same and all(map(operator.is_, timings, self.timings))
 
 
 def _kind(work: ClientWork) -> tuple[str, int, int]:

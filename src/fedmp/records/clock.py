@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = ["ClockEvent", "RoundTimed", "rounds_of"]
@@ -44,13 +45,19 @@ class RoundTimed:
 
     def lines(self) -> str:
         """As lines of JSON, with the seconds since the run began."""
-        distinct = {name for event in self.events for name in (event.client, event.device)}
-        names = {name: json.dumps(name, ensure_ascii=False) for name in distinct}
+        head, start_s = f'{{"round": {self.round}, "time_s": ', self.start_s
         return "".join(
-            f'{{"round": {self.round}, "time_s": {self.start_s + e.time_s:.9g}, "client": {names[e.client]}, '
-            f'"device": {names[e.device]}, "what": "{e.what}"}}\n'
-            for e in self.events
+            [
+                f"{head}{start_s + time_s:.9g}{_rest_of_line(client, device, what)}"
+                for time_s, client, device, what in self.events
+            ]
         )
+
+
+@lru_cache(maxsize=4096)  # the same events come round after round
+def _rest_of_line(client: str, device: str, what: str) -> str:
+    names = (json.dumps(name, ensure_ascii=False) for name in (client, device))
+    return ', "client": {}, "device": {}, "what": "{}"}}\n'.format(*names, what)
 
 
 def rounds_of(lines: Iterable[str]) -> tuple[RoundTimed, ...]:
