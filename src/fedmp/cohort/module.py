@@ -9,7 +9,7 @@ Shape letters: K clients of a chunk, P trained parameters of one client.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -136,7 +136,6 @@ class StackedModule:
         layout: of its trained parameters.
         num_clients: K, the most clients that it can hold.
         num_buffers: of the optimizer.
-        own: names of parameters that differ from client to client before the first step.
 
     Attributes:
         parameters, gradients: of the clients.
@@ -148,14 +147,7 @@ class StackedModule:
         step: how gradients are taken in.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layout: FlatLayout,
-        num_clients: int,
-        num_buffers: int,
-        own: Collection[str] = (),
-    ) -> None:
+    def __init__(self, model: nn.Module, layout: FlatLayout, num_clients: int, num_buffers: int) -> None:
         self.module = _copy_without_weights(model)
         self.module.train()
         self.layout = layout
@@ -170,7 +162,6 @@ class StackedModule:
         self.start, self.sums = torch.zeros(2, layout.size, dtype=dtype)
         self.shares = torch.zeros(num_clients, dtype=dtype)
         self.step = Step()
-        self._own = own
         self._places = _places(model, layout.names)
         self._buffer_places = _buffer_places(model, self.buffers)
         self._ranges: dict[tuple[int, int], _Range] = {}
@@ -267,11 +258,10 @@ class StackedModule:
         leaves, slots = [leaf_of(weight) for weight in weights], list[Slot]()
         starts, sums = (list(self.layout.by_name(row).values()) for row in (self.start.data, self.sums.data))
         gradients, shares = self.gradients.views(first, stop), self.shares[first:stop]
-        for place, name in enumerate(self.layout.names):
-            start = None if name in self._own else starts[place]
-            slot = Slot(gradients[place], weights[place], start, sums[place], shares)
+        for place, leaf in enumerate(leaves):
+            slot = Slot(gradients[place], weights[place], starts[place], sums[place], shares)
             slot.begin(self.step, self._arrived)  # of this step, which may have begun before
-            leaves[place].slot = slot
+            leaf.slot = slot
             slots.append(slot)
         buffers = {name: stack(buffer[first:stop]) for name, buffer in self.buffers.items()}
         return _Range(leaves, slots, buffers)

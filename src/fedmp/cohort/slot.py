@@ -47,7 +47,7 @@ class Slot:
 
     Args:
         gradient, weight: [K, ...] as views of the chunk's.
-        start: [...] what the clients were handed out; None where they begin with values of their own.
+        start: [...] what the clients were handed out.
         total: [...] for the clients' last gradients times their shares, summed.
         shares: [K] of the clients.
 
@@ -62,7 +62,7 @@ class Slot:
         self,
         gradient: torch.Tensor,
         weight: torch.Tensor,
-        start: torch.Tensor | None,
+        start: torch.Tensor,
         total: torch.Tensor,
         shares: torch.Tensor,
     ) -> None:

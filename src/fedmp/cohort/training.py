@@ -108,7 +108,7 @@ class CohortTraining:
         self._free: queue.SimpleQueue[ChunkTrainer] = queue.SimpleQueue()
         num_buffers = work.optimizer.num_buffers if work.optimizer else 0
         self._trainers = [
-            ChunkTrainer(StackedModule(model, layout, chunk, num_buffers, work.own), work, self._is_over)
+            ChunkTrainer(StackedModule(model, layout, chunk, num_buffers), work, self._is_over)
             for _ in range(workers)
         ]
         for trainer in self._trainers:
