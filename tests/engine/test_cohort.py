@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -252,6 +253,22 @@ def test_a_loss_that_is_not_finite_names_client_round_and_step(tmp_path: Path) -
     job = ragged_job(optimizer=sgd(1e200), model=partial(Double, TINY_MLP))
     with pytest.raises(TrainingError, match=r"client c\d, stage 0, round 1, step 1"):
         run(job, tmp_path / "run", SimulateEngine(cohort="vectorized"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_ends_the_run_in_whatever_thread_it_comes_up(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+
+    def train(*_: object, **__: object) -> None:
+        next(calls)
+        raise IndexError("as a user's own layer may")
+
+    monkeypatch.setattr("fedmp.cohort.training.ChunkTrainer.train", train)
+    with pytest.raises(IndexError, match="own layer"):
+        run(ragged_job(), tmp_path / "run", SimulateEngine(workers=workers, chunk=1))
+    assert next(calls) <= workers
 
 
 def test_a_simulated_run_is_resumed_where_it_ended(tmp_path: Path) -> None:

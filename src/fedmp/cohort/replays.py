@@ -167,13 +167,14 @@ class Replays:
         known = [*kind.given, *self._module.tensors()]
         earlier = kind.candidate
         before = [tensor.clone() for tensor in self._left(earlier)] if earlier is not None else []
-        statistics = [buffer.clone() for buffer in self._module.buffers.values()]
+        moved = [self._module.parameters.flat, *self._module.buffers.values()]
+        unmoved = [tensor.clone() for tensor in moved]
         self.is_recording = True
         try:
             (results, note), recording = record(lambda: compute(kind.given))
         except CannotStackError as error:  # only while it is recorded: vmap then takes some functions apart
-            for buffer, held in zip(self._module.buffers.values(), statistics, strict=True):
-                buffer.copy_(held)
+            for tensor, held in zip(moved, unmoved, strict=True):
+                tensor.copy_(held)
             raise CannotReplayError(str(error)) from error
         finally:
             self.is_recording = False

@@ -196,14 +196,18 @@ class CohortTraining:
         found: dict[int, _Sums] = {}
         pending = deque(enumerate(chunks))
 
+        def next_chunk() -> tuple[int, range] | None:
+            try:
+                return pending.popleft()
+            except IndexError:  # they are all done, or under way
+                return None
+
         def run_some(tell: Callable[[int], None]) -> None:
             try:
-                while pending:
-                    place, members = pending.popleft()
-                    found[place] = run(members)
+                while (chunk := next_chunk()) is not None:
+                    place, span = chunk
+                    found[place] = run(span)
                     tell(sum(len(chunks[done]) for done in list(found)))
-            except IndexError:  # another thread took the last one
-                return
             except BaseException:
                 pending.clear()
                 raise
