@@ -12,7 +12,7 @@ from simulators.workloads import WORKLOADS, Workload, write
 
 __all__ = ["measure_growth"]
 
-ROUNDS = 10
+ROUNDS = 40  # steps are recorded after some
 BASE = replace(WORKLOADS["W2"], rounds=ROUNDS)
 COHORTS = (10, 30, 100, 300, 1000)
 POPULATIONS = (100, 1000, 10_000, 100_000)
@@ -52,7 +52,7 @@ def _points() -> dict[str, list[tuple[int, Workload]]]:
         "cohort": [(cohort, replace(BASE, cohort=cohort)) for cohort in COHORTS],
         "population": [(clients, replace(BASE, clients=clients)) for clients in POPULATIONS],
         "model": [
-            (64 * h + h * h + 12 * h + 10, replace(BASE, widths=(64, h, h, 10), rounds=5)) for h in HIDDEN
+            (64 * h + h * h + 12 * h + 10, replace(BASE, widths=(64, h, h, 10), rounds=20)) for h in HIDDEN
         ],
     }
 
