@@ -87,9 +87,8 @@ def compare(names: list[str], options: argparse.Namespace) -> None:
         print(f"  {'':10}{'s/round':>9}{'best':>9}{'start s':>9}{'total s':>9}{'PSS MB':>8}  accuracy")
         runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in options.contenders}
         found: dict[str, dict[str, Any]] = {}
-        for contender in (
-            options.contenders * options.repeats
-        ):  # in turn, as a machine's speed goes up and down
+        # in turn, as a machine's speed goes up and down
+        for contender in options.contenders * options.repeats:
             runs[contender].append(
                 run(
                     contender,

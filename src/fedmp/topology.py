@@ -310,7 +310,7 @@ class _Names(Sequence[str]):
 
     def __init__(self, clients: ClientList) -> None:
         self._clients = clients
-        self._prefix, self._alike = clients.groups[0].prefix, clients.groups[0].count
+        self._first = clients.groups[0]
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -322,8 +322,8 @@ class _Names(Sequence[str]):
     def __getitem__(self, place: slice) -> tuple[str, ...]: ...
 
     def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
-        if isinstance(place, int) and 0 < place < self._alike:  # of most topologies all but the first
-            return f"{self._prefix}{place}"
+        if isinstance(place, int) and 0 <= place < self._first.count:  # of most topologies all clients
+            return self._first.name(place)
         if isinstance(place, slice):
             return tuple(self[each] for each in range(*place.indices(len(self))))
         group, index = self._clients._find(place)

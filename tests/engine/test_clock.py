@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from fedmp import Topology
-from fedmp.clock import Clock, Loss
+from fedmp.clock import Clock, Loss, ideal_round_s
 from fedmp.engine.client_plan import plan_anew
 from fedmp.engine.prepare import prepare
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import RoundError
 from fedmp.report.run_directory import RunDirectory
-from fedmp.strategy import FedAvg
+from fedmp.strategy import FedAvg, Stragglers
 from fedmp.updates import BFloat16
 from tests.support.jobs import run, tiny_job, topology
 
@@ -46,6 +46,21 @@ def test_the_events_tell_of_every_device_and_add_up(tmp_path: Path) -> None:
         assert (what.count("pulled"), what.count("pushed"), what.count("arrived")) == (6, 6, 4)
         assert timed.events[-1].what == "closed"
     assert (tmp_path / "pictures" / "clock.svg").is_file()
+
+
+def test_clients_whose_work_varies_take_as_long_as_it_does(tmp_path: Path) -> None:
+    job = tiny_job(topology=FOUR, strategy=FedAvg(effort=Stragglers(fraction=1.0)), batch_size=2, rounds=4)
+    setups = prepare(job).clients
+    run(job, tmp_path)
+    seen = set()
+    for timed in RunDirectory.create(tmp_path).read_events():
+        arrived_s = {event.client: event.time_s for event in timed.events if event.what == "arrived"}
+        for name, setup in setups.items():
+            work = setup.round_work(len(setup.own_rows), round=timed.round)
+            # nine digits of the seconds since the run began are written down
+            assert arrived_s[name] == pytest.approx(ideal_round_s(work), abs=2e-9)
+            seen.add((name, work.num_batches))
+    assert len(seen) > len(setups)  # it did vary
 
 
 def test_a_clock_without_a_log_leaves_none(tmp_path: Path) -> None:

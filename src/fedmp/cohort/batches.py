@@ -1,6 +1,7 @@
 """Which samples each client of a cohort trains on in which step: the batches of `LocalTrainer`, side by side.
 
-Shape letters: K clients, S batches of the client with the most of them, B samples of the largest batch.
+Shape letters: K clients, S batches of the client with the most of them, B samples of the largest batch, D samples
+that are drawn.
 """
 
 from __future__ import annotations

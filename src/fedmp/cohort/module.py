@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fedmp.cohort.registry import CannotStackError, module_rule_of
-from fedmp.cohort.slot import Arrived, Slot, Step, with_gradient
+from fedmp.cohort.slot import Arrived, Slot, Step
 from fedmp.cohort.stacked import Stacked, leaf_of, stack
 
 __all__ = ["ByParameter", "FlatLayout", "StackedModule", "flat_layout", "own_statistics"]
@@ -234,7 +234,8 @@ class StackedModule:
 
     def with_gradient(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
         """Places, in the layout, of the parameters whose gradient waits for a step."""
-        return with_gradient([self.arrived(first, stop) for first, stop in ranges])
+        arrived = zip(*(self.arrived(first, stop) for first, stop in ranges), strict=True)
+        return [place for place, own in enumerate(arrived) if Arrived.GRADIENT in own]
 
     def _bind(self, first: int, stop: int) -> None:
         key = (first, stop)

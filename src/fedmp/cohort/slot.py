@@ -10,7 +10,6 @@ Shape letters: K clients, N rows, I and O features in and out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -127,8 +126,3 @@ class Slot:
     def _is_used_once(self) -> bool:
         """Whether the weights may move now, in the middle of a backward: nobody else reads what they were."""
         return bool(self.step.rate) and self.num_uses == 1 and self.arrived is Arrived.NOTHING
-
-
-def with_gradient(arrived: Sequence[Sequence[Arrived]]) -> list[int]:
-    """Places of the parameters whose gradients, of any of some ranges of clients, wait for a step."""
-    return [place for place, own in enumerate(zip(*arrived, strict=True)) if Arrived.GRADIENT in own]

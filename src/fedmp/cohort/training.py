@@ -9,9 +9,8 @@ import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -25,6 +24,7 @@ from fedmp.cohort.carried import Memory
 from fedmp.cohort.chunk import ChunkTrainer, ChunkWork
 from fedmp.cohort.module import FlatLayout, StackedModule
 from fedmp.cohort.start import RoundStart
+from fedmp.cohort.threads import one_thread
 from fedmp.data import Rows
 from fedmp.errors import TrainingError
 from fedmp.pipeline import keep_freed
@@ -216,7 +216,7 @@ class CohortTraining:
             self._pool.submit(run_some, lambda _: None)
             for _ in range(min(self._num_workers, len(chunks)) - 1)
         ]
-        with _one_thread():
+        with one_thread():
             run_some(on_chunk)
         for other in others:
             other.result()
@@ -269,17 +269,6 @@ class CohortTraining:
         for name, own in result.own_buffers.items():
             own[places] = module.buffers[name][: len(members)]
         return trained.total.clone(), [buffer.clone() for buffer in trained.buffers]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch's operations in this thread use no other thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _cut(clients: int, most: int, workers: int) -> list[range]:

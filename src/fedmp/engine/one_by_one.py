@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmp.client import LocalRound, StateStore
-from fedmp.cohort import cutting_matters
+from fedmp.cohort import cutting_matters, one_thread
 from fedmp.coordinator import ClientUpdate
 from fedmp.engine.population import SomeClients
 from fedmp.engine.session import Session
@@ -68,7 +68,7 @@ class OneByOne:
         Raises:
             TrainingError: a client's loss is not finite.
         """
-        with _one_thread() if self._is_small else nullcontext():
+        with one_thread() if self._is_small else nullcontext():
             return [self._train(setup, round, handed_out, states.get(setup.name, "")) for setup in cohort]
 
     def _train(
@@ -102,13 +102,3 @@ def _flops(model: torch.nn.Module, inputs: torch.Tensor) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copy.deepcopy(model).eval()(inputs)
     return float(counter.get_total_flops())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
