@@ -13,6 +13,20 @@ from fedmp.updates import Channel
 
 __all__ = ["Traffic"]
 
+# the sums of a typical report have all their digits, and its device knows its pipeline: neither compresses
+_REPORT = DeviceReport(
+    num_examples=512,
+    num_samples=512,
+    num_steps=16,
+    rate_sum=0.8000000000000002,
+    loss_sum=183.52761840820312,
+    weight=512.0,
+    num_correct=437.0,
+    pipeline_bytes=104857,
+    train_s=0.7310585786300049,
+    generation="9b1c60de57f3a824",
+)
+
 _Looks = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
@@ -83,7 +97,7 @@ class Traffic:
         looks = is_update, tuple((name, tensor.dtype, tensor.shape) for name, tensor in body.items())
         if zstd is None and looks in self._known:
             return self._known[looks]
-        made = update_body(body, DeviceReport(num_examples=1), zstd) if is_update else stage_body(body, zstd)
+        made = update_body(body, _REPORT, zstd) if is_update else stage_body(body, zstd)
         if zstd is None:
             self._known[looks] = len(made.content)
         return len(made.content)
