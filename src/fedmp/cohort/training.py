@@ -129,6 +129,7 @@ class CohortTraining:
         self._is_over.set()
         self._pool.shutdown(cancel_futures=True)
 
+    @one_thread()  # what the caller's thread sums up is little, too: to wake others for it takes longer
     def train(
         self,
         cohort: Cohort,
@@ -216,8 +217,7 @@ class CohortTraining:
             self._pool.submit(run_some, lambda _: None)
             for _ in range(min(self._num_workers, len(chunks)) - 1)
         ]
-        with one_thread():
-            run_some(on_chunk)
+        run_some(on_chunk)
         for other in others:
             other.result()
         return [found[place] for place in range(len(chunks))]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from fedmp.cohort import is_small, one_thread
 from fedmp.engine.job import Centralized
 from fedmp.engine.prepare import Prepared
 from fedmp.errors import TrainingError
@@ -50,10 +54,10 @@ def train_centrally(prepared: Prepared, settings: Centralized) -> CentralizedRes
     rates = [group["lr"] for group in optimizer.param_groups]
     batch_size = settings.batch_size or job.batch_size
     budget = _samples(prepared, settings)
-    done, epoch = 0, 0
-    while done < budget:
-        generator = torch.Generator().manual_seed(derive_seed(job.seed, "centralized", epoch))
-        for indices in torch.randperm(len(train), generator=generator).split(batch_size):
+    first = train.input_batch(range(min(batch_size, len(train))))
+    done = 0
+    with one_thread() if is_small(model, first) else nullcontext():
+        for epoch, indices in _batches(job.seed, len(train), batch_size):
             inputs, targets = train.batch(indices)
             optimizer.zero_grad(set_to_none=True)
             loss = job.task.loss_sum(model(inputs), targets) / job.task.weight(targets)
@@ -69,7 +73,6 @@ def train_centrally(prepared: Prepared, settings: Centralized) -> CentralizedRes
             done += len(indices)
             if done >= budget:
                 break
-        epoch += 1
     wall_s = time.monotonic() - started_s
     model.eval()
     correct = weight = 0.0
@@ -85,6 +88,14 @@ def train_centrally(prepared: Prepared, settings: Centralized) -> CentralizedRes
         num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in raw),
         wall_s=wall_s,
     )
+
+
+def _batches(seed: int, num_samples: int, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Batches without end, each with the number of its epoch, which goes through all samples in a new order."""
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed(derive_seed(seed, "centralized", epoch))
+        for indices in torch.randperm(num_samples, generator=generator).split(batch_size):
+            yield epoch, indices
 
 
 def _samples(prepared: Prepared, settings: Centralized) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedmp.client import LocalRound, StateStore
-from fedmp.cohort import cutting_matters, one_thread
+from fedmp.cohort import cutting_matters, is_small, one_thread
 from fedmp.coordinator import ClientUpdate
 from fedmp.engine.population import SomeClients
 from fedmp.engine.session import Session
@@ -22,9 +20,6 @@ from fedmp.schedule import OneFOneB
 from fedmp.stages import Stage
 
 __all__ = ["OneByOne"]
-
-# of a micro-batch's forward: with less to do, threads that share each operation wait longer than they work
-_SMALL_FLOPS = 5e7
 
 
 class OneByOne:
@@ -52,7 +47,7 @@ class OneByOne:
         is_cut = is_cut or cutting_matters(model, job.task, inputs[:8], targets[:8])
         self._num_microbatches = job.num_microbatches if is_cut else 1
         samples = -(-len(inputs) // self._num_microbatches)
-        self._is_small = _flops(model, inputs[:samples]) < _SMALL_FLOPS
+        self._is_small = is_small(model, inputs[:samples])
 
     def train(
         self,
@@ -95,10 +90,3 @@ class OneByOne:
         self._store.save(setup.name, state_key(round), "all", result.state, base=base)
         report = result.report.model_copy(update={"pipeline_bytes": setup.pipeline_bytes(num_samples)})
         return ClientUpdate(setup.name, round, result.update, (report,))
-
-
-def _flops(model: torch.nn.Module, inputs: torch.Tensor) -> float:
-    """Operations of a forward, as far as they are products."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).eval()(inputs)
-    return float(counter.get_total_flops())
