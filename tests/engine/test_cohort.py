@@ -26,7 +26,7 @@ from fedmp.engine.cohort_updates import CohortUpdates
 from fedmp.engine.simulate import SimulateEngine
 from fedmp.errors import ConfigError, TrainingError
 from fedmp.learning_rate import Cosine
-from fedmp.models import CNN
+from fedmp.models import CNN, MLP
 from fedmp.records import Event, Note
 from fedmp.strategy import FedAvg, FedBuff, figures
 from fedmp.tasks import MeanLoss
@@ -210,6 +210,17 @@ def test_neither_chunks_nor_threads_change_the_result(chunk: int, workers: int, 
     result = run(ragged_job(), tmp_path / "run", engine)
     expected = run(ragged_job(), tmp_path / "alone", SimulateEngine(cohort="sequential"))
     assert_same(weights(result), weights(expected), **FLOAT64)
+
+
+@pytest.mark.parametrize(("hidden", "threads"), [(8, 1), (200, 2)])
+def test_a_cohort_that_computes_little_has_one_thread(
+    hidden: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    told = list[Event]()
+    job = ragged_job(model=partial(MLP, 784, (hidden,)), rounds=1)
+    job.run(SimulateEngine(cohort="vectorized"), run_dir=tmp_path / "run", observe=told.append)
+    assert any(f" by {threads} thread(s)" in event.message for event in told if isinstance(event, Note))
 
 
 def test_many_clients_at_once_give_what_real_processes_give(tmp_path: Path) -> None:

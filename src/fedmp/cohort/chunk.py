@@ -5,6 +5,7 @@ Shape letters: K clients, P trained parameters, B samples of a batch, S batches.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -186,7 +187,7 @@ class ChunkTrainer:
             self.carried.begin(states)
         losses = torch.zeros(longest, clients, dtype=torch.float64)
         figures = torch.zeros(4, clients, dtype=torch.float64)
-        rate_weights = RateSum(work.optimizer.settings if work.optimizer else {})
+        rate_weights, rates = RateSum(work.optimizer.settings if work.optimizer else {}), list[float]()
         samples = Samples(work, batches)
         for step, first in enumerate(range(0, longest, every)):
             active, group = batches.num_active(first), range(first, min(first + every, longest))
@@ -197,12 +198,16 @@ class ChunkTrainer:
             if work.optimizer is not None:
                 lr = self._rate(batches, step, active, round)
                 self._step(step, active, lr, ranges, start)
-                rate = lr.squeeze(1).double() if isinstance(lr, torch.Tensor) else lr
-                figures[3, :active] += rate * rate_weights.weight()
+                if isinstance(lr, torch.Tensor):
+                    figures[3, :active] += lr.squeeze(1).double() * rate_weights.weight()
+                    rates.append(0.0)
+                else:
+                    rates.append(lr * rate_weights.weight())
             if step % _LOOK_EVERY == _LOOK_EVERY - 1:
                 seen = losses[max(0, group.stop - _LOOK_EVERY * every) : group.stop]
                 if self._is_over.is_set() or not bool(torch.isfinite(seen.sum())):
                     break
+        _add_rates(figures[3], [-(-count // every) for count in batches.num_batches], rates)
         figures[0].copy_(losses.sum(0))
         return ChunkResult(losses, figures, *self._totals(shares))
 
@@ -309,6 +314,15 @@ class ChunkTrainer:
         if len(rates) == 1:
             return rates[counts[0]]
         return self.module.parameters.flat.new_tensor([[rates[count]] for count in counts])
+
+
+def _add_rates(totals: torch.Tensor, num_steps: Sequence[int], rates: Sequence[float]) -> None:
+    """Add to each client's total the rates of the steps that it made, the first of these."""
+    sums, first = [0.0, *itertools.accumulate(rates)], 0
+    for count, alike in itertools.groupby(num_steps):
+        stop = first + len(list(alike))
+        totals[first:stop] += sums[min(count, len(rates))]
+        first = stop
 
 
 def _why_not_alike(work: ChunkWork) -> str:

@@ -126,6 +126,7 @@ class _Range:
     leaves: list[Stacked]
     slots: list[Slot]
     buffers: dict[str, Stacked] = field(default_factory=dict)
+    step: int = -1  # the last one that its slots are ready for
 
 
 class StackedModule:
@@ -166,6 +167,7 @@ class StackedModule:
         self._buffer_places = _buffer_places(model, self.buffers)
         self._ranges: dict[tuple[int, int], _Range] = {}
         self._bound: tuple[int, int] | None = None
+        self._num_steps = 0
         self._arrived = Arrived.NOTHING  # before a step's first pass
         self._shared = {name: (buffer, buffer._version) for name, buffer in self._shared_buffers()}
         for module in self.module.modules():
@@ -189,8 +191,9 @@ class StackedModule:
         Raises:
             CannotStackError: the forward does what cannot be done for many clients at once.
         """
-        self._bind(first, stop)
-        for slot in self._ranges[first, stop].slots:
+        bound = self._range(first, stop)
+        self._bind(first, stop, bound)
+        for slot in bound.slots:
             slot.num_uses = 0
         result = self.module(stack(inputs))
         for name, (buffer, version) in self._shared.items():
@@ -204,9 +207,7 @@ class StackedModule:
             self.gradients.clear(clients)
         self.step = step or Step()
         self._arrived = Arrived.GRADIENT if is_cleared else Arrived.NOTHING
-        for bound in self._ranges.values():
-            for slot in bound.slots:
-                slot.begin(self.step, self._arrived)
+        self._num_steps += 1
 
     def collect(self, first: int, stop: int) -> None:
         """After a backward: take in the gradients that autograd left at the parameters."""
@@ -237,11 +238,10 @@ class StackedModule:
         arrived = zip(*(self.arrived(first, stop) for first, stop in ranges), strict=True)
         return [place for place, own in enumerate(arrived) if Arrived.GRADIENT in own]
 
-    def _bind(self, first: int, stop: int) -> None:
+    def _bind(self, first: int, stop: int, bound: _Range) -> None:
         key = (first, stop)
         if key == self._bound:
             return
-        bound = self._range(first, stop)
         for places, tensor in zip(self._places, bound.leaves, strict=True):
             for path, name in places:
                 self.module.get_submodule(path)._parameters[name] = tensor  # type: ignore[assignment]
@@ -250,9 +250,15 @@ class StackedModule:
         self._bound = key
 
     def _range(self, first: int, stop: int) -> _Range:
-        if (first, stop) not in self._ranges:
-            self._ranges[first, stop] = self._make_range(first, stop)
-        return self._ranges[first, stop]
+        """Some clients' parameters, ready for the present step."""
+        bound = self._ranges.get((first, stop))
+        if bound is None:
+            bound = self._ranges[first, stop] = self._make_range(first, stop)
+        if bound.step != self._num_steps:
+            bound.step = self._num_steps
+            for slot in bound.slots:
+                slot.begin(self.step, self._arrived)
+        return bound
 
     def _make_range(self, first: int, stop: int) -> _Range:
         weights = self.parameters.views(first, stop)
@@ -260,9 +266,7 @@ class StackedModule:
         starts, sums = (list(self.layout.by_name(row).values()) for row in (self.start.data, self.sums.data))
         gradients, shares = self.gradients.views(first, stop), self.shares[first:stop]
         for place, leaf in enumerate(leaves):
-            slot = Slot(gradients[place], weights[place], starts[place], sums[place], shares)
-            slot.begin(self.step, self._arrived)  # of this step, which may have begun before
-            leaf.slot = slot
+            slot = leaf.slot = Slot(gradients[place], weights[place], starts[place], sums[place], shares)
             slots.append(slot)
         buffers = {name: stack(buffer[first:stop]) for name, buffer in self.buffers.items()}
         return _Range(leaves, slots, buffers)

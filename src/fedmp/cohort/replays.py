@@ -37,6 +37,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _ONE_AT_A_TIME = threading.Lock()  # what is recorded and tried out takes memory meanwhile
 _TENSORS_OF = ("_parameters", "_buffers")  # a module; one that is replaced shows on the tape
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_WRITTEN = {*_PLAIN, tuple, list, dict, set, frozenset}
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 Compute: TypeAlias = Callable[[Tensors], tuple[Tensors, Any]]
@@ -267,6 +268,8 @@ class _Snapshot(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> Any:
         """What stands for an object that is not written down itself."""
+        if type(value) in _WRITTEN:  # most are: to ask the rest takes longer than to write them down
+            return None
         if isinstance(value, nn.Module):
             self.modules.setdefault(id(value), value)
             return "module", id(value)

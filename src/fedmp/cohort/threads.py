@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["is_small", "one_thread"]
+__all__ = ["forward_flops", "is_small", "one_thread"]
 
 _SMALL_FLOPS = 5e7  # of a forward
 
@@ -25,8 +25,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def is_small(model: torch.nn.Module, inputs: torch.Tensor) -> bool:
-    """Whether threads that share each operation would wait longer than they work."""
+def forward_flops(model: torch.nn.Module, inputs: torch.Tensor) -> int:
+    """Operations of a model's products on the way forward."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copy.deepcopy(model).eval()(inputs)
-    return bool(counter.get_total_flops() < _SMALL_FLOPS)
+    return int(counter.get_total_flops())
+
+
+def is_small(model: torch.nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether threads that share each operation of a step would wait longer than they work."""
+    return forward_flops(model, inputs) < _SMALL_FLOPS

@@ -27,6 +27,7 @@ from fedmp.cohort import (
     RoundStart,
     flat_layout,
     flat_optimizer,
+    forward_flops,
     own_statistics,
     probe,
 )
@@ -34,6 +35,7 @@ from fedmp.data import Dataset
 from fedmp.engine.cohort_updates import CohortUpdates
 from fedmp.engine.job import Job
 from fedmp.engine.population import SomeClients
+from fedmp.engine.prepare import Prepared
 from fedmp.engine.session import Session, plain_evaluation
 from fedmp.graph import state_specs
 from fedmp.records import Note, Progress, state_key
@@ -44,6 +46,7 @@ __all__ = ["ManyAtOnce", "deals_out_fragments", "is_mean_by_samples", "try_out",
 
 _CACHE_BYTES = 16 << 20  # of a chunk; two of them stay in a usual last-level cache
 _LEAST_CHUNK = 4
+_THREAD_FLOPS = 4_000_000  # of a cohort's forward, for each thread
 _TELL_S = 0.2
 
 
@@ -86,7 +89,7 @@ class ManyAtOnce:
     Args:
         session: the job under way, whose model was found to allow it; told of long rounds' progress.
         chunk: clients at once; None for as many as fit the cache.
-        workers: threads; None for torch's number of threads.
+        workers: threads; None for torch's number of threads, or fewer where a cohort's step is small.
         replays: whether a chunk's steps may be recorded and replayed.
 
     Attributes:
@@ -125,9 +128,9 @@ class ManyAtOnce:
             own=self._scope.own,
             replays=replays,
         )
-        self.workers = workers or torch.get_num_threads()
-        copies = 2 + (optimizer.num_buffers if optimizer else 0) + (len(work.rule.kept) if work.rule else 0)
         cohort = job.strategy.closing(prepared.num_clients).num_training
+        self.workers = workers or _worthwhile_threads(prepared, cohort)
+        copies = 2 + (optimizer.num_buffers if optimizer else 0) + (len(work.rule.kept) if work.rule else 0)
         self.chunk = chunk or _fitting_chunk(self._layout, copies, found, -(-cohort // self.workers))
         self._training = CohortTraining(
             prepared.model,
@@ -300,6 +303,15 @@ def _slot(handed_out: Mapping[str, torch.Tensor], slot: str, name: str) -> torch
     """A server's slot of a parameter; zeros for one that stays at the clients."""
     tensor = handed_out.get(received_name(slot, name))
     return torch.zeros_like(handed_out[name]) if tensor is None else tensor
+
+
+def _worthwhile_threads(prepared: Prepared, cohort: int) -> int:
+    """Threads for a cohort: those that compute little would mostly wait for each other's turn at Python."""
+    data, most = prepared.data.train, torch.get_num_threads()
+    if most == 1:
+        return 1
+    few = range(min(prepared.job.batch_size, len(data)))
+    return max(1, min(forward_flops(prepared.model, data.input_batch(few)) * cohort // _THREAD_FLOPS, most))
 
 
 def _fitting_chunk(layout: FlatLayout, copies: int, found: Probe, most: int) -> int:

@@ -37,7 +37,7 @@ class SimulateEngine(Component):
         cohort: "vectorized" trains many clients at once, "sequential" one after another; "auto" does the first
             where it gives the same result, and says so where it does not.
         chunk: clients at once; None for as many as fit the cache.
-        workers: threads that train chunks; None for as many as torch uses.
+        workers: threads that train chunks; None for as many as torch uses, or fewer for small models and cohorts.
         replay: record the operations of a chunk's step, and run these alone from then on; only where that gives the
             same. False runs the model's Python in each step.
         checkpoint_s: seconds between checkpoints where many clients are trained at once; 0 for one a round.
@@ -98,7 +98,7 @@ class SimulateEngine(Component):
             startup_s = time.monotonic() - session.started_s
             return Outcome(run_session(session, round_settings(session), clients), startup_s)
         trainer = self._at_once(session)
-        told = f"clients are trained {trainer.chunk} at once by {trainer.workers} threads"
+        told = f"clients are trained {trainer.chunk} at once by {trainer.workers} thread(s)"
         if session.ranks is not None:
             told += f" of each of {session.ranks.size} processes"
         session.observe(Note(told))
