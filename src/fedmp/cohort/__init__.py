@@ -12,7 +12,7 @@ from fedmp.cohort.probe import Probe, cutting_matters, probe
 from fedmp.cohort.registry import CannotStackError, batched_rule
 from fedmp.cohort.stacked import Stacked
 from fedmp.cohort.start import RoundStart
-from fedmp.cohort.threads import forward_flops, is_small, one_thread
+from fedmp.cohort.threads import is_small, one_thread
 from fedmp.cohort.training import Cohort, CohortResult, CohortTraining
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "cutting_matters",
     "flat_layout",
     "flat_optimizer",
-    "forward_flops",
     "is_small",
     "one_thread",
     "own_statistics",

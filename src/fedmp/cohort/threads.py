@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["forward_flops", "is_small", "one_thread"]
+from fedmp.graph import forward_flops
 
-_SMALL_FLOPS = 5e7  # of a forward
+__all__ = ["is_small", "one_thread"]
+
+_SMALL_FLOPS = 1e8  # of a forward
 
 
 @contextmanager
@@ -23,13 +23,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def forward_flops(model: torch.nn.Module, inputs: torch.Tensor) -> int:
-    """Operations of a model's products on the way forward."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).eval()(inputs)
-    return int(counter.get_total_flops())
 
 
 def is_small(model: torch.nn.Module, inputs: torch.Tensor) -> bool:

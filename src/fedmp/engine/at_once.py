@@ -27,7 +27,6 @@ from fedmp.cohort import (
     RoundStart,
     flat_layout,
     flat_optimizer,
-    forward_flops,
     own_statistics,
     probe,
 )
@@ -37,7 +36,7 @@ from fedmp.engine.job import Job
 from fedmp.engine.population import SomeClients
 from fedmp.engine.prepare import Prepared
 from fedmp.engine.session import Session, plain_evaluation
-from fedmp.graph import state_specs
+from fedmp.graph import forward_flops, state_specs
 from fedmp.records import Note, Progress, state_key
 from fedmp.strategy import FedAvg, Scope, received_name
 from fedmp.updates import trained_names
@@ -46,7 +45,7 @@ __all__ = ["ManyAtOnce", "deals_out_fragments", "is_mean_by_samples", "try_out",
 
 _CACHE_BYTES = 16 << 20  # of a chunk; two of them stay in a usual last-level cache
 _LEAST_CHUNK = 4
-_THREAD_FLOPS = 4_000_000  # of a cohort's forward, for each thread
+_THREAD_FLOPS = 25e6  # of a cohort's forward, for each thread
 _TELL_S = 0.2
 
 
@@ -311,7 +310,8 @@ def _worthwhile_threads(prepared: Prepared, cohort: int) -> int:
     if most == 1:
         return 1
     few = range(min(prepared.job.batch_size, len(data)))
-    return max(1, min(forward_flops(prepared.model, data.input_batch(few)) * cohort // _THREAD_FLOPS, most))
+    flops = cohort * forward_flops(prepared.model, data.input_batch(few))
+    return max(1, min(int(flops / _THREAD_FLOPS), most))
 
 
 def _fitting_chunk(layout: FlatLayout, copies: int, found: Probe, most: int) -> int:

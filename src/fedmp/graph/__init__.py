@@ -10,7 +10,7 @@ from fedmp.graph.measure import measure_flops_per_s
 from fedmp.graph.profile import profile
 from fedmp.graph.specs import named_tensors, state_specs
 from fedmp.graph.trace import trace
-from fedmp.graph.whole import profile_whole
+from fedmp.graph.whole import forward_flops, profile_whole
 
 __all__ = [
     "Chain",
@@ -20,6 +20,7 @@ __all__ = [
     "Running",
     "StateSpec",
     "apply_cut_rules",
+    "forward_flops",
     "measure_flops_per_s",
     "named_tensors",
     "profile",

@@ -21,7 +21,20 @@ from fedmp.graph.profile import REFERENCE_FLOPS_PER_S, estimated_profile
 from fedmp.graph.specs import state_specs
 from fedmp.records import LayerProfile, Profile
 
-__all__ = ["profile_whole"]
+__all__ = ["forward_flops", "profile_whole"]
+
+
+def forward_flops(model: nn.Module, inputs: torch.Tensor) -> float:
+    """What a model's forward costs: floating-point operations, and for what hardly computes the bytes that it moves.
+
+    Args:
+        model: with its weights in memory; it is not changed.
+        inputs: a batch of its inputs, of any values.
+    """
+    counter = _Counter(set())
+    with torch.no_grad(), counter:
+        copy.deepcopy(model).eval()(inputs)
+    return counter.flops
 
 
 def profile_whole(model: nn.Module, inputs: torch.Tensor, *, optimizer_copies: float = 1.0) -> Profile:
