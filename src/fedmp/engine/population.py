@@ -50,6 +50,7 @@ class Population(Mapping[str, ClientSetup]):
         self._clients, self._setups, self._data, self.rows = clients, list(setups), data, rows
         self._works = {id(setup.work) for setup in setups}  # those live as long as this
         self._amounts: dict[tuple[int, int], Amount] = {}
+        self._latest: SomeClients | None = None
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._make)
         self.place = lru_cache(maxsize=_PLACED)(clients.place)
         self.round_samples = lru_cache(maxsize=_PLACED)(self._round_samples)
@@ -77,7 +78,10 @@ class Population(Mapping[str, ClientSetup]):
         Raises:
             KeyError: there is none of one of the names.
         """
-        return SomeClients(self, tuple(names))
+        wanted = tuple(names)
+        if self._latest is None or wanted != self._latest.names:  # often all clients, in each round
+            self._latest = SomeClients(self, wanted)
+        return self._latest
 
     def num_samples(self, name: str) -> int:
         """Samples of a client."""
@@ -168,7 +172,7 @@ class SomeClients(Sequence[ClientSetup]):
         self.places = np.array(places, dtype=np.int64)
         self.sizes: list[int] = population.rows.spans(self.places)[1].tolist()
         self.kinds = population.kinds(places)
-        self._amounts: dict[int, list[Amount]] = {}
+        self._amounts: tuple[int, list[Amount]] = (-1, [])  # of the round that was asked for last
 
     @property
     def rows(self) -> Rows:
@@ -181,9 +185,9 @@ class SomeClients(Sequence[ClientSetup]):
 
     def amounts(self, round: int) -> list[Amount]:
         """How much each one does in a round."""
-        if round not in self._amounts:
-            self._amounts[round] = self._find_amounts(round)
-        return self._amounts[round]
+        if self._amounts[0] != round:
+            self._amounts = round, self._find_amounts(round)
+        return self._amounts[1]
 
     def pipeline_bytes(self, round: int) -> list[int]:
         """Bytes between each one's devices in a round."""

@@ -180,4 +180,7 @@ def _loss_of(client: str, facts: Mapping[str, ClientFacts]) -> float:
 
 
 def _named(clients: Sequence[str], chosen: Collection[int]) -> tuple[str, ...]:
-    return tuple(clients[index] for index in sorted(set(chosen)))
+    places = set(chosen)
+    return (
+        tuple(clients) if len(places) == len(clients) else tuple(clients[place] for place in sorted(places))
+    )

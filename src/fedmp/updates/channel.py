@@ -106,10 +106,12 @@ class Channel:
             The payload, and the state to keep for the next round, by SLOT/TENSOR. It goes by the tensor, so that
             a plan may change between rounds; that of tensors which are not in this payload stays.
         """
+        kept = {key: value for key, value in state.items() if key.partition("/")[2] not in tensors}
+        if self.is_plain:
+            return dict(tensors), kept
         factor = self._factor(tensors, norm)
         own = _by_name(state)
         payload: dict[str, torch.Tensor] = {}
-        kept = {key: value for key, value in state.items() if key.partition("/")[2] not in tensors}
         for name, tensor in tensors.items():
             if not self._is_transformed(name):
                 payload[name] = tensor
@@ -152,7 +154,7 @@ class Channel:
         Raises:
             PayloadError: the payload makes no sense.
         """
-        if not self._is_transformed(name):
+        if self.chain.is_empty or not self._is_transformed(name):
             return read(name)
         spec = self._specs[name]
         part = Part(spec.shape, spec.dtype)

@@ -19,6 +19,7 @@ from fedmp.updates.transform import Encoded, Part, PayloadError, generator, work
 __all__ = ["Int4", "Int8"]
 
 _CHUNK = 1 << 16  # numbers at a time: intermediate results stay in the cache
+_LIFT = 2.0**64  # brings subnormal numbers among the others
 
 
 class Int8(Component):
@@ -123,8 +124,11 @@ def _round(tensor: torch.Tensor, block: int, levels: int, seed: int) -> tuple[to
             -(2**63), None, generator=random
         )
         noise = chance.view(torch.int16)[: rows.numel()].view(rows.shape)
-        # the reciprocal of a subnormal overflows: such blocks become zeros, which are less than a level off
-        inverse = scale.reciprocal().masked_fill_(scale < torch.finfo(scale.dtype).tiny, 0.0)
+        is_tiny = (scale > 0) & (scale < torch.finfo(scale.dtype).tiny)
+        if bool(is_tiny.any()):  # the reciprocal of a subnormal overflows
+            lift = torch.where(is_tiny, _LIFT, 1.0).to(scale.dtype)
+            rows, scale = rows * lift[:, None], scale * lift
+        inverse = scale.reciprocal().masked_fill_(scale == 0, 0.0)
         drawn = noise.to(flat.dtype).add_(0.5).mul_(2.0**-16).add_(0.5)  # uniform, between 0 and 1
         drawn.addcmul_(rows, inverse[:, None]).floor_().clamp_(-levels, levels)
         rounded[start:stop] = drawn.reshape(-1)[: piece.numel()]
