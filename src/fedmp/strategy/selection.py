@@ -181,6 +181,6 @@ def _loss_of(client: str, facts: Mapping[str, ClientFacts]) -> float:
 
 def _named(clients: Sequence[str], chosen: Collection[int]) -> tuple[str, ...]:
     places = set(chosen)
-    return (
-        tuple(clients) if len(places) == len(clients) else tuple(clients[place] for place in sorted(places))
-    )
+    if len(places) == len(clients):
+        return tuple(clients)
+    return tuple(clients[place] for place in sorted(places))
